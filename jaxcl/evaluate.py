@@ -270,7 +270,7 @@ def _rows(
 
 
 def _opponent(model: _Model, sources: Mapping[str, PairSource], trust: Trust) -> Contender:
-    """The second model. A run uses the prompts of its rows for those of them that are evaluated."""
+    """The second model. A run uses its rows' prompts in splits that are equal to its own splits."""
     if isinstance(model, EmbeddingModel) or not is_run(model):
         return Contender(_loaded(model, trust))
     run = open_run(as_path(model), trust=trust)

@@ -81,7 +81,7 @@ def graph_of(
         effort=settings.effort,
         axis_name=place.axis_name,
     )
-    # Every device gets the same number of clusters; the extra ones are empty. The clusters have
+    # Every device gets the same number of clusters; extra clusters are empty. The clusters have
     # room for all rows, so the slice below only cuts off padding.
     num_clusters = -(-capacity // settings.cluster_size)
     num_clusters += -num_clusters % place.num_devices

@@ -44,8 +44,8 @@ def paper_order(
         average: with the paper's value, 50 of 50,000 rows, or a thousand of a million.
       block: queries per block of products on the device. Device memory grows as block · n, host
         memory as the number of edges.
-      sample: number of products used to estimate the quantile. It is exact if there are no more
-        products; otherwise it is taken over all products of randomly chosen queries.
+      sample: number of products used to estimate the quantile, which is exact if there are no more;
+        otherwise it is taken over all products of randomly chosen queries.
       seed: draws these queries.
       advance: called after each block with its number of queries.
 
@@ -144,7 +144,7 @@ def cuthill_mckee(
       graph: the neighbours of this device's rows; edges are undirected. The degree is the number of
         edges to and from a row, so that mutual neighbours add two. SciPy adds one, which would
         require the neighbour lists of other devices.
-      num_rows: rows on all devices; later ones are padding, and come last.
+      num_rows: rows on all devices; later rows are padding, and come last.
       axis_name: mesh axes of an enclosing `jax.shard_map` over which rows are sharded.
 
     Returns:

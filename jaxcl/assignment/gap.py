@@ -121,7 +121,7 @@ def measure_gap(
       rows: the batches' row numbers, each at most once; equal on all devices.
       temperature: $\tau > 0$, the temperature of the loss.
       key: draws the rows of random batches; equal on all devices.
-      num_rows: rows of the data set; later ones are padding.
+      num_rows: rows of the data set; later rows are padding.
       axis_name: mesh axes of an enclosing `jax.shard_map` over which rows are sharded. Only the
         rows of the batches are sent to other devices.
       different: this device's labels; two rows are each other's negatives only if all their labels

@@ -51,7 +51,7 @@ class PairGraph(NamedTuple):
     Attributes:
       rows: neighbours, by row number in the whole data set; `-1` for none.
       masses: the neighbours' masses.
-      own: the mass in any batch of the row: that of its positive and of random rows.
+      own: the mass in any batch of the row, from its positive and random rows.
     """
 
     rows: Int[Array, "n k"]

@@ -24,7 +24,7 @@ class Sizes(NamedTuple):
     """The arguments of a compiled search that depend on the number of rows.
 
     Attributes:
-      num_rows: rows on all devices; later ones are padding.
+      num_rows: rows on all devices; later rows are padding.
       batch_size: rows of a global batch.
       blocks: the segments of a bisection into blocks, from `segment_starts`; `None` for a method
         without blocks.

@@ -83,7 +83,7 @@ class SourcedRows:
         self._batch_size, self._seed = batch_size, seed
         self._rows_per_draw = batch_size if mix == "single" else 1
         self._draws_per_step = batch_size // self._rows_per_draw
-        # Flipping binary digits of the van der Corput numbers gives another sequence, as even.
+        # Flipping binary digits of the van der Corput numbers gives another sequence, equally even.
         self._flipped = fold_in(seed, 1) % 2**_BITS
         self._sizes = sizes
         self._first = np.cumsum(sizes) - sizes

@@ -91,7 +91,7 @@ def swap(
       graph: the neighbours of this device's rows.
       order: all rows, by position.
       segments: the partition of the positions.
-      partners: each segment's partner, whose partner it is; a segment without one is its own.
+      partners: each segment's partner, in mutual pairs; a segment without one has itself.
       rounds: number of rounds.
       eagerness: the fraction of profitable swaps that each round makes. It is below 1, so that two
         neighbours do not both cross in the same round and stay separated.

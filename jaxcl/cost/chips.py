@@ -32,7 +32,7 @@ CHIPS = {
     "H100": Chip(989e12, 80 * _GIB, 3_350e9, 450e9),
     "H200": Chip(989e12, 141 * _GIB, 4_800e9, 450e9),
 }
-"""Chips by name. TPUs: Google, "TPU architecture", 2025; GPUs: NVIDIA's data sheets for SXM."""
+"""Chips by name. TPUs: Google, "TPU architecture", 2025; GPUs: NVIDIA's SXM data sheets."""
 
 _TPU_KINDS = {"TPU v4": "v4", "TPU v5 lite": "v5e", "TPU v5": "v5p", "TPU v6 lite": "v6e"}
 

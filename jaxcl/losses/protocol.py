@@ -25,7 +25,7 @@ class Masks(NamedTuple):
       valid: `False` for padding, which is never a negative and has a loss of 0.
       margin: negatives are masked if their similarity to the anchor exceeds the positive's
         similarity minus this margin.
-      relative_margin: the same, with the margin as a fraction of the positive's similarity.
+      relative_margin: like `margin`, but as a fraction of the positive's similarity.
       guides: a guide model's embeddings of queries and keys, whose similarities replace the model's
         in the margins.
     """
@@ -93,7 +93,7 @@ class LossFn(Protocol):
 
 
 class Loss(NamedTuple):
-    """A loss function, and how its arguments differ from those of `LossFn`.
+    """A loss function, and how its arguments differ from the arguments of `LossFn`.
 
     Attributes:
       function: the loss.
@@ -114,7 +114,7 @@ class Loss(NamedTuple):
       init_memory: `(number of training rows, *, temperature, **options) -> tables` with one entry
         per training row. The function then takes `memory`, the entries of the batch's rows, and
         returns `(loss, memory)`.
-      bounds_temperature: whether it takes `temperature_bounds` and learns temperatures itself.
+      bounds_temperature: whether the loss takes `temperature_bounds` and updates temperatures.
     """
 
     function: Callable[..., Any]

@@ -91,7 +91,7 @@ def infonce_loss(
         the positive occurs once for each of the first two directions.
       hardness: $\alpha \ge 0$; multiplies the weight of each negative from another row by
         $e^{\alpha \langle q_i, k_j\rangle}$, held constant in the gradient.
-      negative_hardness: the same for explicit and separate negatives of the query itself.
+      negative_hardness: $\alpha$ for explicit and separate negatives of the query itself.
       masks: pairs that are not negatives.
       negatives: negatives from outside the batch by name: explicit negatives, and the tiers of
         `jaxcl.negatives.draw_tiers`. They are keys, so they are negatives of queries in

@@ -16,7 +16,7 @@ def priorities(key: Key[Array, ""], num_slots: int) -> Integer[Array, " m"]:
     """Random priorities of a draw; slots with higher priorities are drawn first.
 
     Call it outside `jax.shard_map`. The priorities then do not depend on the number of devices, and
-    each device computes only those of its own slots.
+    each device computes only its slots' priorities.
     """
     return jax.random.bits(key, (num_slots,), jnp.uint32)
 
@@ -71,7 +71,7 @@ def _highest_of_strata(
     quotas: Int[Array, " g"],
     axis_name: AxisName | None,
 ) -> Bool[Array, " m"]:
-    """Whether each slot has a priority to draw in its stratum, by radix selection over devices."""
+    """Whether each slot's priority is among the highest of its stratum, by radix selection."""
 
     def pass_over(
         numbers: Array, shift: int, state: tuple[Array, Array, Array]

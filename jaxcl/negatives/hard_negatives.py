@@ -112,8 +112,8 @@ def mine_hard_negatives(
       candidates: the keys that may be negatives; all by default. Other keys can only be positives.
       query_groups: a label per query, such as its class; needs `key_groups`.
       key_groups: a label per key; no query has negatives with its own label.
-      guide_queries: embeddings of the queries by a guide model, to whose similarities margins and
-        limits apply; ranks are still those of `queries` and `keys`.
+      guide_queries: embeddings of the queries by a guide model. Margins and limits then apply to
+        its similarities; ranks are still computed from `queries` and `keys`.
       guide_keys: embeddings of the keys by the guide model.
       seed: the seed of the random draws, for `sampling="random"`. The draws do not depend on the
         number of devices or on `block_rows`.
@@ -217,8 +217,8 @@ def make_miner(
 
     Args:
       groups: labels in which a query and its negatives must differ.
-      pair_scores: scores to which margins and limits apply, instead of those of a guide, for
-        example from a re-ranker. Keys without a score are not mined.
+      pair_scores: the scores to which margins and limits apply, instead of a guide's similarities;
+        for example from a re-ranker. Keys without a score are not mined.
       block_rows: the maximum number of queries in a block.
 
     Raises:
@@ -270,7 +270,7 @@ def make_miner(
 def _vectors_of(
     block: QueryBlock, keys: np.ndarray, guide: np.ndarray | None
 ) -> tuple[np.ndarray, np.ndarray]:
-    """The queries' embeddings for ranks, and their embeddings for margins and limits."""
+    """The queries' embeddings by the model, for ranks, and by the guide, for margins and limits."""
     first = int(block.numbers[0]) if len(block.numbers) else 0
     vectors = guided = _as_matrix("queries", block.vectors, first)
     if guide is not None:

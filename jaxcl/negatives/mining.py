@@ -32,9 +32,9 @@ class MiningRule(NamedTuple):
       per_query: the maximum number of negatives per query.
       rank_range: first rank to use and first rank past the end. Ranks count from 0 among keys of
         other ids and groups. The nearest keys are left out because many are false negatives.
-      margin: a negative's similarity is at least this much below the positive's; if a query has
-        several positives, below that of the least similar one.
-      relative_margin: the same, as a fraction of the positive's similarity.
+      margin: a negative's similarity is at least this much below the similarity of the positive,
+        or of the least similar positive if there are several.
+      relative_margin: like `margin`, but as a fraction of the positive's similarity.
       sampling: `"random"`, uniformly among the remaining keys; or `"top"`, the nearest of them.
       min_score: the minimum similarity of a negative.
       max_score: the maximum similarity of a negative.

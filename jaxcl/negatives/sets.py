@@ -12,8 +12,8 @@ class SharedNegatives(NamedTuple):
 
     Attributes:
       vectors: the keys; without gradient unless the function that builds them says otherwise.
-      ids: ids; a key with the query's id is masked. `None` if no query shares an id.
-      groups: groups; a key with the query's group is masked.
+      ids: ids of the keys; a key with the query's id is masked. `None` if no query shares an id.
+      groups: groups of the keys; a key with the query's group is masked.
       valid: `False` for padding.
       guides: the guide model's embeddings of the keys.
     """
@@ -30,8 +30,8 @@ class OwnNegatives(NamedTuple):
 
     Attributes:
       vectors: the keys of each query.
-      ids: ids; a key with the query's id is masked. `None` if no query shares an id.
-      groups: groups; a key with the query's group is masked.
+      ids: ids of the keys; a key with the query's id is masked. `None` if no query shares an id.
+      groups: groups of the keys; a key with the query's group is masked.
       valid: `False` for padding of queries with fewer keys.
       guides: the guide model's embeddings of the keys.
     """
@@ -44,15 +44,15 @@ class OwnNegatives(NamedTuple):
 
 
 class ExplicitNegatives(NamedTuple):
-    """Negatives that belong to a row, such as mined ones, and also serve all other queries.
+    """Negatives that belong to a row, such as mined negatives, and also serve all other queries.
 
     A query's own explicit negatives may have more weight. In the direction `"key_to_key"` they are
     also negatives of the other rows' keys.
 
     Attributes:
       vectors: the keys of each row.
-      ids: row numbers; a key with the query's id is masked.
-      groups: groups; a key with the query's group is masked.
+      ids: row numbers of the keys; a key with the query's id is masked.
+      groups: groups of the keys; a key with the query's group is masked.
       valid: `False` for padding of rows with fewer keys.
       guides: the guide model's embeddings of the keys.
     """

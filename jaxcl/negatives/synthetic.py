@@ -22,7 +22,7 @@ def mixed(
 
     Args:
       keys: a random key for each query.
-      hardest: its hardest negatives, of unit norm; the valid ones come first.
+      hardest: each query's hardest negatives, of unit norm; valid negatives come first.
       valid: `False` where a query has fewer negatives.
       count: mixtures per query; $i$, $j$ and $\alpha \in [0, 1)$ are drawn uniformly.
 
@@ -79,7 +79,7 @@ def perturbed(
 
     Args:
       keys: a random key for each query.
-      hardest: its hardest negatives, of unit norm; the valid ones come first.
+      hardest: each query's hardest negatives, of unit norm; valid negatives come first.
       valid: `False` where a query has fewer negatives.
       count: rotated negatives per query.
       degrees: $\theta$.

@@ -39,7 +39,7 @@ class TierBudgets(NamedTuple):
     Attributes:
       full_bank: whether the full bank provides negatives for every query.
       uniform: random slots of the bank, redrawn in each step, shared by all queries.
-      stratified: the same, with a quota per group from `Strata`.
+      stratified: random slots as in `uniform`, but with a quota per group from `Strata`.
       nearest: each query's nearest slots of the bank that its masks allow.
       mixed: mixtures of two of a query's hardest negatives.
       mixed_with_query: mixtures of the query and one of its hardest negatives.
@@ -98,7 +98,7 @@ class DrawSource(NamedTuple):
     Attributes:
       bank: this device's share of the bank.
       uniform: this device's share of the uniform draw's `priorities`; `None` without this tier.
-      stratified: the same for the stratified draw.
+      stratified: this device's share of the stratified draw's `priorities`.
       strata: the quotas of the stratified draw.
     """
 

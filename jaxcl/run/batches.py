@@ -39,7 +39,7 @@ from jaxcl.typing import SIDES, Array, Float, Int
 __all__ = ["RunBatches"]
 
 _MEASURED_ROWS = 256  # measuring a row costs six products with all rows
-_MEASURED_BATCHES = 16  # that contain the measured rows; fewer if they hold more rows than:
+_MEASURED_BATCHES = 16  # batches with the measured rows; fewer if these hold more rows than:
 _FETCHED_ROWS = 16_384
 _BEFORE = ("train_loss", "gap", "closed")  # also measured for the batches before a refresh
 _REASSIGNING = 2**31 + 1  # folded into the run's key; above any step, as in mined_refresh

@@ -97,7 +97,7 @@ def draw_sheet(title: str, rows: Sequence[Sequence[Cell]]) -> bytes:
 
 
 def sheet_page(title: str, rows: Sequence[Sequence[Cell]]) -> str:
-    """The page of a sheet, whose policy allows only the style and the embedded images."""
+    """The page of a sheet, whose content policy allows only the style and the embedded images."""
     safe_title = html.escape(_line(title, _LONGEST))
     lines = [
         "<!doctype html>",

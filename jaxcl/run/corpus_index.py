@@ -9,8 +9,7 @@ Each index is a folder, named by digests of the paths and the content of its mod
     search_index.json  how much of the exact ranking the search keeps
 
 Next to each array is a log with the digests of its blocks (`jaxcl.host.block_file`). Embedding
-resumes after the last finished block; if a block is damaged, its rows and all later ones are
-recomputed.
+resumes after the last finished block; if a block is damaged, the rows from there on are recomputed.
 When the index of a changed model or corpus is complete, the previous one is removed.
 """
 
@@ -86,7 +85,7 @@ def open_index(
       documents: the corpus.
       base: folder of all indexes; created if necessary.
       paths: the digest of the paths of model and corpus, from `paths_digest`. A complete index
-        replaces earlier ones with the same paths.
+        replaces earlier indexes with the same paths.
       dim: number of dimensions to search with; `None` for all.
       precision, rescore: as for `VectorSearch`.
 

@@ -231,7 +231,7 @@ class EmbeddingModel(MtebEncoder):
         return similarities(self.similarity_function, a, b)
 
     def _side(self, side: str | None, modality: str) -> str:
-        """The given side, or by default the first that reads the modality; check that it does."""
+        """The given side if it reads the modality; by default, the first side that does."""
         if side is not None and side not in SIDES:
             raise ValueError(f"side={side!r} is unknown; use {' or '.join(SIDES)}")
         present = self._rules if modality == "text" else self._images

@@ -83,7 +83,7 @@ def search_of_rows(
     Args:
       model: the model.
       images: the images of the rows.
-      source: the path of the data; a newer index of the same data and model replaces this one.
+      source: the path of the data; the index replaces earlier indexes with this path and model.
       queries: as for `jaxcl.search.open_search`.
       hybrid: must be false.
     """

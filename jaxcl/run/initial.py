@@ -110,7 +110,7 @@ def with_initial_towers(
       frozen: the paths of the parameters that are not trained.
 
     Raises:
-      ValueError: if there is no such run, or its encoders have different parameters.
+      ValueError: if there is no such run, or that run's encoders have different parameters.
       CheckpointError: if its checkpoint cannot be read.
     """
     if settings.init_from is None:

@@ -167,8 +167,8 @@ def open_run(path: AnyPath, *, trust: Trust = (), weights: str | None = None) ->
         weights of the run's `evaluation.weights`.
 
     Raises:
-      ValueError: if there is no run, or it has no checkpoint, no best checkpoint, or no averaged
-        weights, as requested.
+      ValueError: if there is no run or no checkpoint, or the requested best checkpoint or averaged
+        weights do not exist.
       CheckpointError: if no checkpoint can be read.
       PermissionError: for an encoder from a package that is not trusted.
     """

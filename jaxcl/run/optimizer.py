@@ -196,7 +196,7 @@ def layer_factors(
 
     Args:
       params: all parameters, or their shapes. The blocks of an encoder are in its `blocks`; the
-        embeddings are the tables outside of it (`jaxcl.models.trainable.is_table`).
+        embeddings are the tables outside `blocks` (`jaxcl.models.trainable.is_table`).
       decay: the factor of a block, relative to that of the block above.
       embedding_norms: other modules below the blocks, such as norms of the embeddings and
         projections of patches, by their paths.

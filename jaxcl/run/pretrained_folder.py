@@ -212,7 +212,7 @@ def tokenizer_config(model: PretrainedModel, *, longest: int) -> bytes:
 
 
 def _padding_token(model: PretrainedModel) -> str | None:
-    """The token that pads texts in a batch; for a decoder without one, such as the end of text.
+    """The token that pads texts in a batch; in a decoder without one, the token that ends texts.
 
     sentence-transformers needs the name of a token. The choice of token does not change vectors.
     """

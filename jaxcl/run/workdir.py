@@ -162,8 +162,8 @@ def claim_workdir(workdir: AnyPath, settings: Settings) -> Mapping[str, Any] | N
     """Create the folder of a run, or check that it belongs to these settings.
 
     The settings are compared with those in the newest checkpoint, even if `config.json` has been
-    edited. Before the first checkpoint, other settings replace the earlier ones, since no training
-    is lost.
+    edited. Before the first checkpoint, new settings replace the earlier settings, since no
+    training is lost.
 
     Returns:
       The record of the newest checkpoint (`run_record`), or `None` before the first one.

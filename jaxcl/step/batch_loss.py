@@ -213,7 +213,7 @@ class _Arrangement(NamedTuple):
     needs: tuple[str, ...]
 
     def sharded(self, local: Callable[[_Arguments], PyTree]) -> Callable[[_Arguments], PyTree]:
-        """Apply a function to each device's part of the arguments; its results are per row."""
+        """Wrap a function of each device's part in a `shard_map`; its results are per row."""
         rows: Any = PartitionSpec(self.mesh.axis_names)
         replicated: Any = PartitionSpec()
         slots = MemoryBank(rows, rows, rows, rows, replicated, replicated, rows)

@@ -58,7 +58,7 @@ def make_embedder(
       batch_size: number of rows to encode at a time; rounded up to a multiple of the number of
         devices.
       cut_sides: the sides with texts whose embeddings do not depend on their padding. Each batch is
-        cut to `jaxcl.step.length_batches.padded_width` of its longest text, so widths are few.
+        cut to `jaxcl.step.length_batches.padded_width` of its longest text, one of a few widths.
 
     Returns:
       `(params, side, read, num_rows, *, lengths=None, advance=None) -> float32[n, d]`, where

@@ -68,7 +68,7 @@ def length_batches(
 
     Args:
       lengths: number of tokens of each text.
-      multiple: the number of rows of each batch is a multiple of this number, that of the devices.
+      multiple: the number of devices, which divides the number of rows of each batch.
       batch_tokens: approximate number of tokens of a batch, with padding.
       batch_size: a fixed number of rows, instead of `batch_tokens`.
       longest: as for `padded_width`.

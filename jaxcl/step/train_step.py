@@ -77,7 +77,7 @@ class StepMetrics(NamedTuple):
       temperature: after the update.
       leaf_gradient_norms: the gradient norm of each parameter, to find out why a loss diverges.
       length: the total length of the inputs of the batch, in tokens for texts, without padding.
-      padded_length: the same, including the padding that the step computes.
+      padded_length: the total length, including the padding that the step computes.
     """
 
     loss: Scalar
