@@ -87,7 +87,7 @@ def load_pretrained_tokenizer(path: AnyPath) -> Tokenizer:
     sentence-transformers.
 
     Raises:
-      ValueError: if the file cannot be read as a tokenizer; the message begins with the file's name.
+      ValueError: if the file is not a readable tokenizer; the message begins with the file's name.
     """
     return _parsed(_read(path), path, pretrained=True)
 
