@@ -75,7 +75,7 @@ def _run(arguments: Namespace) -> None:
     rich.print(table)
     say(
         f"to train by topic, use --config.data.topics={out} --config.assignment.name=sourced "
-        "--config.assignment.sourced.by=topic --config.assignment.sourced.mix=one"
+        "--config.assignment.sourced.by=topic --config.assignment.sourced.mix=single"
     )
 
 

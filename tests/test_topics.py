@@ -1,13 +1,18 @@
 """Topics of a trained run: planted topics are found, and training reads the file."""
 
+import re
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
 
 from jaxcl import topics
+from jaxcl.assignment.sourced import SourcedRows
 from jaxcl.data.row_topics import read_topics
 from jaxcl.data.sources import InMemoryPairs
+from jaxcl.settings.changed import changed_config
+from jaxcl.settings.config_files import load_config
+from jaxcl.settings.read import read_settings
 from tests.helpers import unit_vectors
 
 PLANTED, SIZE, DIM = 6, 9, 16
@@ -50,6 +55,17 @@ def test_planted_topics_are_found_and_can_be_read(run, capsys):
         central = [row for row in np.argsort(-likeness) if found[row] == one][:5]
         listed = text.split(f"## {one} (")[1].split("\n## ")[0].splitlines()[2:7]
         assert listed == [f"- about {row}" for row in central]
+
+
+def test_the_flags_that_are_printed_train_by_topic(run, capsys):
+    topics.main(["--workdir", str(run.workdir), "--topics", str(PLANTED)])
+    said = " ".join(capsys.readouterr().err.split())
+    flags = dict(re.findall(r"--config\.([\w.]+)=(\S+)", said))
+    assert flags.keys() >= {"data.topics", "assignment.sourced.mix"}
+    settings = read_settings(changed_config(load_config("code_search"), flags))
+    sourced = settings.assignment.sourced
+    assert sourced.by == "topic"
+    SourcedRows([0, 0, 1, 1], batch_size=2, mix=sourced.mix)  # which checks the name
 
 
 def test_the_report_tells_topics_from_chance(run, tmp_path):

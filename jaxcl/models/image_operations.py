@@ -218,10 +218,12 @@ def _turned(planes: _Planes, shift: _Number) -> _Planes:
     high, low = planes.max(0), planes.min(0)
     spread = high - low
     safe = jnp.where(spread == 0, 1, spread)
+    # Not `high == red`: a fused kernel may compute the channels again with other rounding, and then
+    # none of them equals the maximum.
     hue = jnp.where(
-        high == red,
+        (red >= green) & (red >= blue),
         (green - blue) / safe,
-        jnp.where(high == green, 2 + (blue - red) / safe, 4 + (red - green) / safe),
+        jnp.where(green >= blue, 2 + (blue - red) / safe, 4 + (red - green) / safe),
     )
     turned = hue + 6 * shift
     # Back to colours: each channel is a trapezoidal function of the hue, which is in [0, 6).

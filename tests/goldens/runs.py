@@ -109,7 +109,7 @@ RUNS = {
     "sourced-mixed": Case(PLAIN, (*SOURCED, "assignment.sourced.temperature=2.0")),
     "sourced-one-topic": Case(
         PLAIN,
-        (*SOURCED, "assignment.sourced.mix=one", *BY_TOPIC),
+        (*SOURCED, "assignment.sourced.mix=single", *BY_TOPIC),
     ),
     "queue": Case(PLAIN, (*QUEUE, *WHOLE)),
     "tier-whole": _tier("full_bank=True", bank="dtype=bfloat16"),

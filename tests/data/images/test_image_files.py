@@ -447,7 +447,7 @@ def test_a_row_without_an_image_is_a_bad_row(tmp_path):
 @pytest.mark.parametrize(
     ("members", "message"),
     [
-        ([("a.png", b"1"), ("b.png", b"2"), ("a.txt", b"3")], "members of a do not follow"),
+        ([("a.png", b"1"), ("b.png", b"2"), ("a.txt", b"3")], "members of a are not adjacent"),
         ([("a.png", b"1"), ("a.png", b"2")], "two members a.png"),
     ],
 )
