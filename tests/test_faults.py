@@ -80,6 +80,21 @@ def test_a_row_repeated_within_an_epoch_is_detected(runs):
         check_epochs(runs / "theirs")
 
 
+def test_a_run_of_less_than_an_epoch_repeats_no_row(tmp_path):
+    steps = {step: [8 * step, 8 * step + 2] for step in range(1, STEPS + 1)}
+
+    def log():
+        lines = [json.dumps({"step": step, "rows": of_step}) for step, of_step in steps.items()]
+        (tmp_path / "run.jsonl").write_text("\n".join(lines))
+
+    log()
+    assert check_epochs(tmp_path / "run") == 0
+    steps[2][0] = steps[1][0]
+    log()
+    with pytest.raises(Wrong, match="lost or repeated"):
+        check_epochs(tmp_path / "run")
+
+
 @pytest.mark.slow
 def test_a_few_faults_lose_nothing():
     if os.geteuid() != 0 or shutil.which("mount") is None:
