@@ -68,10 +68,19 @@ def iterate_fields(
 
     Args:
       source, rows, names: as for `read_fields`.
+
+    Raises:
+      ValueError: if the source returns another number of rows than it was asked for.
     """
     first, count = 0, _FIRST_ROWS
     while first < len(rows):
-        part = read_fields(source, rows[first : first + count], names)
+        wanted = rows[first : first + count]
+        part = read_fields(source, wanted, names)
+        if len(part) != len(wanted):
+            raise ValueError(
+                f"the data source returned {len(part)} records for {len(wanted)} rows; its `read` "
+                "must return one per row"
+            )
         yield from part
         first += len(part)
         count = min(rows_that_fit(part, _BYTES_AT_ONCE), 2 * count, _MOST_ROWS)

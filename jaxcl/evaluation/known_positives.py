@@ -187,6 +187,8 @@ def content_digest(value: Any, row: int) -> bytes:
     if isinstance(value, str):
         return text_digest(f"text {value}")
     if isinstance(value, np.ndarray):
+        if value.dtype.hasobject:
+            raise ValueError(f"row {row:,} has an array of objects; give an array of numbers")
         head = f"array {value.dtype} {value.shape} "
         return _hex_digest(head, np.ascontiguousarray(value).reshape(-1).view(np.uint8).data)
     if isinstance(value, bytes):

@@ -45,3 +45,12 @@ def test_only_the_wanted_fields_are_read():
     assert list(iterate_fields(source, range(3), ("key",))) == [{"key": k} for k in "abc"]
     assert [names for _, names in source.reads] == [("key",)]
     assert list(iterate_fields(source, range(0), ("key",))) == []
+
+
+def test_a_source_that_returns_too_few_rows_is_an_error():
+    class Short(InMemoryPairs):
+        def read(self, rows):
+            return super().read(rows)[1:]
+
+    with pytest.raises(ValueError, match="returned 2 records for 3 rows"):
+        list(iterate_fields(Short(["a", "b", "c"], ["k"] * 3), range(3), ("key",)))
