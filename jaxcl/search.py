@@ -276,15 +276,15 @@ def open_search(
     fields: dict[str, Any] = {"id_field": id_field, "text_field": text_field}
     folder = cache_folder() / "search" if index is None else local_path(index)
     documents: Documents | ImageFolder
-    if as_path(corpus).is_dir():
-        options = fields | {"hybrid": hybrid or None}
-        documents = read_image_folder(as_path(corpus), options, folder)
-    else:
+    if not as_path(corpus).is_dir():
         with progress_bar("reading documents", None) as advance:
             documents = read_documents(
                 as_path(corpus), id_field=id_field, text_field=text_field, advance=advance
             )
     try:
+        if as_path(corpus).is_dir():
+            options = fields | {"hybrid": hybrid or None}
+            documents = read_image_folder(as_path(corpus), options, folder)
         opened = open_index(
             model,
             documents,

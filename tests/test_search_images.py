@@ -1,7 +1,10 @@
 """Search over images by a text or an image, in a folder and in the rows of a run."""
 
+import errno
 import io
 import json
+import os
+import time
 
 import numpy as np
 import pytest
@@ -235,3 +238,37 @@ def test_unchanged_files_of_a_folder_are_hashed_once(folder, monkeypatch):
     (folder / "new.png").write_bytes(picture("red", 77))
     search.open_search(ColourModel(), corpus=folder)
     assert hashed[len(COLOURS) :] == ["new.png"]
+
+
+def test_a_file_that_cannot_be_read_is_named(folder, tmp_path):
+    (folder / "gone.png").symlink_to(folder / "nothing.png")
+    with pytest.raises(ValueError, match=r"gone\.png cannot be read"):
+        ImageFolder(folder, tmp_path / "digests")
+
+
+def test_another_image_of_the_same_size_and_time_is_noticed(tmp_path):
+    path = tmp_path / "photos" / "one.png"
+    path.parent.mkdir()
+    path.write_bytes(b"first")
+    times = path.stat()
+    before = ImageFolder(path.parent, tmp_path / "digests").fingerprint
+    time.sleep(0.05)  # kernels update the times of files a few hundred times a second
+    path.write_bytes(b"other")
+    os.utime(path, ns=(times.st_atime_ns, times.st_mtime_ns))
+    assert ImageFolder(path.parent, tmp_path / "digests").fingerprint != before
+
+
+def test_an_index_that_is_no_folder_is_an_error_with_its_flag(folder, tmp_path):
+    (tmp_path / "index").write_text("a file")
+    with pytest.raises(OSError, match="set another --index folder"):
+        search.open_search(ColourModel(), corpus=folder, index=tmp_path / "index")
+
+
+@pytest.mark.parametrize("number", [errno.EACCES, errno.EROFS])
+def test_digests_in_a_read_only_folder_are_not_kept(folder, tmp_path, monkeypatch, number):
+    def refused(*_, **__):
+        raise OSError(number, "refused")
+
+    expected = ImageFolder(folder, tmp_path / "digests").fingerprint
+    monkeypatch.setattr(file_index, "write_columns", refused)
+    assert ImageFolder(folder, tmp_path / "others").fingerprint == expected

@@ -1,6 +1,7 @@
 """Images as the documents of a search: the files of a folder, or one side of the rows of a run."""
 
 import json
+import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
@@ -48,8 +49,8 @@ class ImageFolder:
       directory: the folder that keeps the digests of files, so that only changed files are read.
 
     Raises:
-      ValueError: if the folder has no image, or a link leads outside it.
-      OSError: if a file cannot be read, or the digests cannot be written.
+      ValueError: if the folder has no image, a link leads outside it, or a file cannot be read.
+      OSError: if the digests cannot be written, except to a read-only directory.
     """
 
     modality = "image"
@@ -61,6 +62,9 @@ class ImageFolder:
                 f"{folder} has no images; give a folder with files of the types "
                 f"{', '.join(IMAGE_SUFFIXES)}"
             )
+        for path in paths:
+            if not os.access(path, os.R_OK):  # also a link to a file that is gone
+                raise ValueError(f"{path} cannot be read; remove it, or change its permissions")
         self._files = ImageFiles(paths)
         self.ids: Sequence[str] = [path.relative_to(folder).as_posix() for path in paths]
         self.fingerprint = digest_of_files(folder, self.ids, directory=directory)

@@ -1,5 +1,6 @@
 """Digests of many image files, computed again only for files that have changed."""
 
+import errno
 import hashlib
 import os
 from collections.abc import Mapping, Sequence
@@ -19,7 +20,7 @@ from jaxcl.typing import Int, UInt8
 __all__ = ["digest_of_files"]
 
 _INDEX_FILE = "files.json"
-_FORMAT = 1
+_FORMAT = 2
 _DIGEST_BYTES = 16
 _UNREAD = bytes(_DIGEST_BYTES)
 """The digest of a file that cannot be read."""
@@ -31,33 +32,37 @@ class _Index(NamedTuple):
 
     Attributes:
       position: file name -> position in the arrays.
-      status: the size and the time of the last change of each file.
+      status: the size of each file, and the times of the last changes of its content and status.
       digests: the digest of each file.
     """
 
     position: Mapping[str, int]
-    status: Int[np.ndarray, "n 2"]
+    status: Int[np.ndarray, "n 3"]
     digests: UInt8[np.ndarray, "n 16"]
 
 
 def digest_of_files(folder: Path, names: Sequence[str], *, directory: Path) -> str:
     """A sha256 of the names and the contents of files.
 
-    The digests of the files are cached in `directory`. A file is read again if its size or the time
-    of its last change differs.
+    The digests of the files are cached in `directory`, unless it is read-only. A file is read again
+    if its size or a time differs: that of its content, or that of its status, which no program can
+    set.
 
     Args:
       folder: the folder of the files.
       names: the paths of the files, relative to `folder`. Files that cannot be read share a fixed
-        digest; the check of the images reports them.
+        digest.
       directory: the folder of the cached digests.
+
+    Raises:
+      OSError: if the digests cannot be written, except to a read-only directory.
     """
     where = str(folder.absolute())
     made_from = {"format": _FORMAT, "folder": where}
     path = directory / hashlib.sha256(where.encode()).hexdigest()[:16]
     index = _read_index(path, made_from)
     names = sorted(set(names))
-    status = np.zeros((len(names), 2), np.int64)
+    status = np.zeros((len(names), 3), np.int64)
     digests = np.zeros((len(names), _DIGEST_BYTES), np.uint8)
     changed = []
     for number, name in enumerate(names):
@@ -89,12 +94,12 @@ def digest_of_files(folder: Path, names: Sequence[str], *, directory: Path) -> s
     return content.hexdigest()
 
 
-def _status(path: Path) -> tuple[int, int]:
+def _status(path: Path) -> tuple[int, int, int]:
     try:
         status = os.stat(path)
     except (OSError, ValueError):
-        return 0, 0
-    return status.st_size, status.st_mtime_ns
+        return 0, 0, 0
+    return status.st_size, status.st_mtime_ns, status.st_ctime_ns
 
 
 def _digests(folder: Path, names: Sequence[str]) -> UInt8[np.ndarray, "n 16"]:
@@ -127,18 +132,18 @@ def _read_index(path: Path, made_from: Mapping[str, Any]) -> _Index:
         names = columns["names"].tobytes().decode(errors="surrogateescape").split("\0")
         return _Index(
             {name: position for position, name in enumerate(names)},
-            columns["status"].reshape(-1, 2),
+            columns["status"].reshape(-1, 3),
             columns["digests"].reshape(-1, _DIGEST_BYTES),
         )
     except (DamagedArray, KeyError):  # or missing
-        return _Index({}, np.zeros((0, 2), np.int64), np.zeros((0, _DIGEST_BYTES), np.uint8))
+        return _Index({}, np.zeros((0, 3), np.int64), np.zeros((0, _DIGEST_BYTES), np.uint8))
 
 
 def _write_index(
     path: Path,
     made_from: Mapping[str, Any],
     names: Sequence[str],
-    status: Int[np.ndarray, "n 2"],
+    status: Int[np.ndarray, "n 3"],
     digests: UInt8[np.ndarray, "n 16"],
 ) -> None:
     joined = "\0".join(names).encode(errors="surrogateescape")
@@ -148,4 +153,8 @@ def _write_index(
         np.save(folder / "status.npy", status.ravel())
         np.save(folder / "digests.npy", digests.ravel())
 
-    write_columns(path, _INDEX_FILE, made_from, write, what="the digests of images to")
+    try:
+        write_columns(path, _INDEX_FILE, made_from, write, what="the digests of images to")
+    except OSError as error:
+        if error.errno not in (errno.EACCES, errno.EPERM, errno.EROFS):
+            raise
