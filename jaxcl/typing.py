@@ -19,6 +19,7 @@ second views are keys.
 """
 
 import functools
+import inspect
 import math
 from collections.abc import Callable, Hashable, Iterator, Mapping
 from typing import (
@@ -164,7 +165,7 @@ def check_ranges(options: tuple[Any, ...]) -> None:
 
 
 def check_arguments(function: F) -> F:
-    """Wrap a function so that it checks the `Range` of each keyword argument, like `check_ranges`.
+    """Wrap a function so that it checks the `Range` of each argument, like `check_ranges`.
 
     For a class, the arguments of its constructor are checked.
 
@@ -177,12 +178,14 @@ def check_arguments(function: F) -> F:
       ValueError: rate=1.5; set it to at least 0, below 1
     """
     if isinstance(function, type):
-        function.__init__ = check_arguments(function.__init__)  # type: ignore[misc]
+        function.__init__ = check_arguments(function.__init__)  # type: ignore[misc] # of a class
         return function
+
+    names = tuple(inspect.signature(function).parameters)
 
     @functools.wraps(function)
     def checking(*arguments: Any, **options: Any) -> Any:
-        _check(options, function)
+        _check(dict(zip(names, arguments, strict=False)) | options, function)
         return function(*arguments, **options)
 
     return cast(F, checking)

@@ -11,7 +11,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
-from jaxcl.models.image_augmentations import CROP_OPTIONS, clip, moco_v2, random_view, simclr
+from jaxcl.models.image_augmentations import clip, moco_v2, random_view, simclr
 from jaxcl.models.layers import token_mask, tokens_of
 from jaxcl.models.options import options_of
 from jaxcl.typing import (
@@ -126,7 +126,7 @@ def span_masking(
 
 
 AUGMENTATIONS: Mapping[str, Augmentation] = {
-    "clip": Augmentation(clip, options_of(random_view, only=CROP_OPTIONS)),
+    "clip": Augmentation(clip, options_of(clip)),
     "moco_v2": Augmentation(moco_v2, options_of(random_view)),
     "simclr": Augmentation(simclr, options_of(random_view)),
     "span_masking": Augmentation(span_masking, options_of(span_masking)),

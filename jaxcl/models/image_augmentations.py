@@ -35,10 +35,7 @@ from jaxcl.typing import (
     check_arguments,
 )
 
-__all__ = ["CROP_OPTIONS", "clip", "moco_v2", "random_view", "simclr"]
-
-CROP_OPTIONS = ("size", "crop_scale", "aspect_ratio", "interpolation", "flip_rate")
-"""The options of `random_view` that do not change colours."""
+__all__ = ["clip", "moco_v2", "random_view", "simclr"]
 
 _BLUR_RADIUS = 20  # image size divided by the radius
 _SIMCLR_JITTER = (0.8, 0.8, 0.8, 0.2)
@@ -48,7 +45,7 @@ _NO_JITTER = (0.0, 0.0, 0.0, 0.0)
 
 @check_arguments
 def random_view(
-    jitter: tuple[float, float, float, float],
+    jitter: tuple[Share, Share, Share, Share],
     *,
     size: Size | None = None,
     crop_scale: tuple[PositiveShare, PositiveShare] = (0.08, 1.0),
@@ -134,31 +131,51 @@ def random_view(
 
 
 simclr = functools.partial(random_view, _SIMCLR_JITTER)
-"""A random view of an image, as in SimCLR: `random_view` with its defaults. At `jitter_strength` 1,
-brightness, contrast and saturation are multiplied by factors between 0.2 and 1.8, and hue is
-shifted by up to a fifth of the hue circle; 0.5 suits small images. The authors' code (Chen et al.,
-"A Simple Framework for Contrastive Learning of Visual Representations", 2020, appendix A) pads the
-image with zeros before the blur; this function pads by reflection."""
+simclr.__doc__ = """Make random views as in SimCLR: `random_view` with its defaults.
+
+At `jitter_strength` 1, brightness, contrast and saturation are multiplied by factors between 0.2
+and 1.8, and hue is shifted by up to a fifth of the hue circle; 0.5 suits small images. The authors'
+code (Chen et al., "A Simple Framework for Contrastive Learning of Visual Representations", 2020,
+appendix A) pads the image with zeros before the blur; this function pads by reflection.
+"""
 
 moco_v2 = functools.partial(
     random_view, _MOCO_JITTER, crop_scale=(0.2, 1.0), interpolation="bilinear"
 )
-"""A random view as in MoCo v2: larger crops than in `simclr`, and half the colour jitter. The
-authors' code (Chen et al., "Improved Baselines with Momentum Contrastive Learning", 2020) blurs
-with Pillow, which approximates a Gaussian kernel by box filters."""
+moco_v2.__doc__ = """Make random views as in MoCo v2: larger crops than `simclr`, half its jitter.
 
-clip = functools.partial(
-    random_view,
-    _NO_JITTER,
-    crop_scale=(0.9, 1.0),
-    flip_rate=0.0,
-    jitter_rate=0.0,
-    grayscale_rate=0.0,
-    blur_rate=0.0,
-)
-"""A random large crop of an image and nothing else, so that its caption still describes it. In a
-config it has the options `CROP_OPTIONS`. Radford et al., "Learning Transferable Visual Models From
-Natural Language Supervision", 2021, section 2.4; the range of areas is OpenCLIP's."""
+The authors' code (Chen et al., "Improved Baselines with Momentum Contrastive Learning", 2020) blurs
+with Pillow, which approximates a Gaussian kernel by box filters.
+"""
+
+
+def clip(
+    *,
+    size: Size | None = None,
+    crop_scale: tuple[PositiveShare, PositiveShare] = (0.9, 1.0),
+    aspect_ratio: tuple[Positive, Positive] = (3 / 4, 4 / 3),
+    interpolation: str = "bicubic",
+    flip_rate: Share = 0.0,
+) -> Augment:
+    """Make random large crops and nothing else, so that a caption still describes its image.
+
+    The arguments and errors are as for `random_view`.
+
+    Reference:
+      Radford et al., "Learning Transferable Visual Models From Natural Language Supervision", 2021,
+      section 2.4; the range of areas is OpenCLIP's.
+    """
+    return random_view(
+        _NO_JITTER,
+        size=size,
+        crop_scale=crop_scale,
+        aspect_ratio=aspect_ratio,
+        interpolation=interpolation,
+        flip_rate=flip_rate,
+        jitter_rate=0.0,
+        grayscale_rate=0.0,
+        blur_rate=0.0,
+    )
 
 
 def _blur_radius(image: Image) -> int:

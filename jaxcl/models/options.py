@@ -2,18 +2,17 @@
 
 import collections
 import inspect
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Mapping
 from typing import Any, get_type_hints
 
 __all__ = ["option_class", "options_of"]
 
 
-def options_of(function: Callable, *, only: Collection[str] | None = None) -> type:
+def options_of(function: Callable) -> type:
     """The options of a function or class: its keyword-only arguments with a default.
 
     Args:
       function: its annotations give the types, with the `jaxcl.typing.Range` of each number.
-      only: the names to keep; `None` for all.
 
     Example:
       >>> from jaxcl.typing import Rate
@@ -28,9 +27,7 @@ def options_of(function: Callable, *, only: Collection[str] | None = None) -> ty
         {
             name: hints[name]
             for name, parameter in inspect.signature(signed).parameters.items()
-            if parameter.kind is parameter.KEYWORD_ONLY
-            and parameter.default is not parameter.empty
-            and (only is None or name in only)
+            if parameter.kind is parameter.KEYWORD_ONLY and parameter.default is not parameter.empty
         }
     )
 

@@ -1,6 +1,7 @@
 """Presets of image augmentations: their steps, their rates, and their random keys."""
 
 import functools
+import inspect
 
 import jax
 import jax.numpy as jnp
@@ -8,7 +9,7 @@ import numpy as np
 import pytest
 
 from jaxcl.models.augmentations import AUGMENTATIONS
-from jaxcl.models.image_augmentations import clip, moco_v2, simclr
+from jaxcl.models.image_augmentations import clip, moco_v2, random_view, simclr
 from jaxcl.models.image_operations import flipped, gaussian_blur, grayscale, solarised
 from jaxcl.ops.mesh import make_mesh
 from jaxcl.ops.vectors import normalise
@@ -175,3 +176,18 @@ def test_a_wrong_option_is_an_error(options, message):
 def test_texts_are_an_error():
     with pytest.raises(ValueError, match=r"reads images, but this side has tokens; see data.mod"):
         simclr()({"tokens": jnp.ones(3, int)}, jax.random.key(0))
+
+
+def test_a_wrong_range_of_jitter_is_an_error():
+    with pytest.raises(ValueError, match="jitter=-1"):
+        random_view((-1.0, 0.0, 0.0, 0.0))
+
+
+def test_crops_for_captions_have_no_options_of_colours():
+    with pytest.raises(TypeError, match="jitter_rate"):
+        clip(jitter_rate=1.0)
+
+
+def test_presets_have_their_own_help():
+    assert inspect.getdoc(simclr).startswith("Make random views as in SimCLR")
+    assert inspect.getdoc(moco_v2).startswith("Make random views as in MoCo v2")
