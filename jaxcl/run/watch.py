@@ -157,10 +157,10 @@ class _FirstStep:
         first, *later = _SECONDS_UNTIL_LINES
         seconds = first
         while not self._over.wait(seconds):
-            doing = "computed" if self.is_compiled else "compiled"
+            state = "not complete yet" if self.is_compiled else "still being compiled"
             say(
-                f"step {step} is still being {doing} after {time.monotonic() - start:.0f} s; the "
-                "first step is the slowest, and takes minutes for large models on a few cores"
+                f"step {step} is {state} after {time.monotonic() - start:.0f} s; the first step is "
+                "the slowest, and takes minutes for large models on a few cores"
             )
             seconds = later.pop(0) if len(later) > 1 else later[0]
 

@@ -122,9 +122,10 @@ def impatient(monkeypatch):
 
 
 def until_said(capsys, text):
-    """The lines that are said until one has a text."""
-    said = ""
+    """The lines that are said until one has a text; fails after a minute without it."""
+    said, deadline = "", time.monotonic() + 60
     while text not in said:
+        assert time.monotonic() < deadline, said
         time.sleep(0.005)
         said += capsys.readouterr().err
     return said
@@ -137,7 +138,7 @@ def test_a_slow_first_step_says_that_it_is_compiled_and_computed(tmp_path, impat
         watch.before(7)
         assert "step 7 is still being compiled after 0 s" in until_said(capsys, "compiled")
         watch.dispatched(7)
-        until_said(capsys, "step 7 is still being computed")
+        until_said(capsys, "step 7 is not complete yet")
         advance(1, "loss 0.5")
         capsys.readouterr()
         watch.before(8)
@@ -160,8 +161,12 @@ def test_a_first_step_that_fails_ends_the_messages(tmp_path, impatient, capsys):
     assert capsys.readouterr().err == ""
 
 
-def test_a_quick_first_step_says_nothing(tmp_path, capsys):
+def test_a_quick_first_step_says_nothing(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(watch_module, "_SECONDS_UNTIL_LINES", (0.5, 0.5, 0.5))
     with Watch(tmp_path, None) as watch:
+        advance = watch.ending_first(lambda *_: None)
         watch.before(1)
         watch.dispatched(1)
+        advance(1, "loss 0.5")
+        time.sleep(0.8)
     assert capsys.readouterr().err == ""
