@@ -228,8 +228,10 @@ def _with_texts(
         "exclude_prompt": not first.pooling.include_prompt,
     }
     unset = {name: value for name, value in derived.items() if getattr(data, name) is None}
-    if FAMILIES[first.family].required_token(first.config) is not None:
-        _check_own(settings, "data.special_tokens", True, changed, section)
+    for name, model in models.items():
+        required = FAMILIES[model.family].required_token(model.config)
+        if required is not None and data.special_tokens is not None:
+            _check_own(settings, "data.special_tokens", True, changed, name)
     data = data._replace(vocabulary_size=size, prompts=data.prompts._replace(**prompts), **unset)
     return settings._replace(data=data)
 
