@@ -112,11 +112,6 @@ def migrated(config: Mapping[str, Any]) -> dict[str, Any]:
         rate = options.pop("token_dropout")
         config["augmentation"] = {"name": "token_dropout", "options": {"rate": rate}}
         config["model"] = model | {"options": options}
-    assignment = config.get("assignment", {})
-    gcbs = assignment.get("gcbs") if isinstance(assignment, Mapping) else None
-    if isinstance(gcbs, Mapping) and "apart" in gcbs:
-        renamed = {("keep_apart" if name == "apart" else name): gcbs[name] for name in gcbs}
-        config["assignment"] = {**assignment, "gcbs": renamed}
     return config
 
 

@@ -212,16 +212,6 @@ def test_a_config_from_before_augmentations_is_read(tmp_path):
     assert (augmentation.name, augmentation.options) == ("token_dropout", {"rate": 0.3})
 
 
-def test_a_config_with_the_earlier_name_of_keep_apart_is_read(tmp_path):
-    claim_workdir(tmp_path, settings())
-    path = tmp_path / "config.json"
-    stored = json.loads(path.read_text())
-    gcbs = stored["assignment"]["gcbs"]
-    del gcbs["keep_apart"]
-    path.write_text(json.dumps(stored | {"assignment": {"gcbs": {**gcbs, "apart": []}}}))
-    assert read_settings(read_config(tmp_path)).assignment.gcbs.keep_apart == ()
-
-
 def run_record_of(settings: Settings):
     return run_record(settings, RememberedData("pairs", {"train": "abc"}))
 
