@@ -48,7 +48,7 @@ def get_config(variant: str = "default") -> ConfigDict:
     glyphs(config)
     config.data.key_field = "other"  # the character in another face
     config.data.splits.test = "test_faces"  # DejaVu Sans against Sans Mono Bold Oblique
-    config.evaluation.exclude_groups = True  # equal pictures are not negatives of each other
+    config.evaluation.exclude_groups = True  # an equal picture is not a wrong answer
     config.augmentation.options.update(SHIFTS | NO_COLOURS)
     config.model.dim = 128
     config.steps = 400

@@ -415,7 +415,7 @@ class Trial:
         return True
 
     def harm_table(self, kind: str) -> bool:
-        """Damage a file of a token table or of the check of images: it is made again."""
+        """Damage a file of a token table or of the check of images: the run rebuilds it."""
         if not self.stop():
             return False
         folder = self.data_dir / {"token table": "tokens", "image checks": "images"}[kind]
