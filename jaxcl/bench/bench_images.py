@@ -16,7 +16,7 @@ share of the time that the loop spends waiting for a batch.
 import functools
 import io
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -30,14 +30,14 @@ from jaxcl.data.loader import training_batches
 from jaxcl.data.sources import InMemoryPairs
 from jaxcl.models.image_augmentations import clip, moco_v2, simclr
 from jaxcl.ops.mesh import make_mesh
-from jaxcl.typing import Array, Float, Key, PyTree, UInt8
+from jaxcl.typing import Array, Augment, Float, Key, PyTree, UInt8
 
 __all__ = ["main", "measure"]
 
 _RESULT = 224
 _QUALITY = 90
 _CHANNELS = (3, 32, 64, 128)
-_PRESETS = {
+_PRESETS: Mapping[str, Callable[[], Augment]] = {
     "augmentation, simclr": simclr,
     "augmentation, moco_v2": moco_v2,
     "augmentation, clip": clip,

@@ -183,6 +183,24 @@ def test_any_mesh_gives_loss_estimates_and_gradients_of_one_device(
     assert min(moved.values()) > 1e-3, moved
 
 
+@pytest.mark.parametrize(
+    "direction", ["query_to_key", "key_to_query", "query_to_query", "key_to_key"]
+)
+def test_equal_temperatures_by_row_are_one_temperature_with_a_guide(direction):
+    """The guides of the two sides differ, so they must be swapped with the sides."""
+    sides = unit_vectors(0, 6, 4), unit_vectors(1, 6, 4)
+    guides = unit_vectors(2, 6, 3), unit_vectors(3, 6, 3)
+    options = {"directions": (direction,), "estimates": jnp.full((6, 1), NEVER_SEEN)}
+
+    def loss(temperature, masks):
+        return running_estimate_loss(*sides, temperature=temperature, masks=masks, **options)[0]
+
+    masks = Masks(guides=guides, margin=0.1)
+    by_row = loss(jnp.full((6, 1), 0.2), masks)
+    assert relative_error(by_row, loss(0.2, masks)) < 1e-10
+    assert relative_error(by_row, loss(0.2, Masks())) > 1e-3  # the guide masks pairs
+
+
 def test_a_row_s_own_temperature_goes_down_its_slope_and_stays_in_its_bounds():
     sides = unit_vectors(0, 5, 4), unit_vectors(1, 5, 4)
     options = {"temperature": 0.3, "temperature_rate": 0.01}
