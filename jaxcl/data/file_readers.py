@@ -183,9 +183,12 @@ def _json_rows(file: Any) -> Iterator[FileRow]:
             record = json.loads(line.decode())
         except UnicodeDecodeError as error:
             yield FileRow(number, problem=f"the line is not UTF-8 ({error.reason})")
+        except json.JSONDecodeError as error:
+            if line.strip():  # the error's own line number is 1 or 2, within this line of the file
+                reason = f"{error.msg}, at character {error.pos + 1}"
+                yield FileRow(number, problem=f"the line is not JSON ({reason})")
         except (ValueError, RecursionError) as error:
-            if line.strip():
-                yield FileRow(number, problem=f"the line is not JSON ({error})")
+            yield FileRow(number, problem=f"the line is not JSON ({error})")
         else:
             if isinstance(record, dict):
                 yield FileRow(number, record)

@@ -93,7 +93,7 @@ class _LeftOut:
     def check(self) -> None:
         if self.bad and self._stops:
             raise ValueError(
-                f"{self}. Fix them, or set data.files.bad_rows='skip' to leave them out"
+                f"{self}. Correct the data, or set data.files.bad_rows='skip' to leave them out"
             )
 
     def __str__(self) -> str:

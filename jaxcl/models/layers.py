@@ -76,7 +76,7 @@ def activation_dtype(compute_dtype: str | None) -> jnp.dtype:
         dtype = None
     if dtype is None or not jnp.issubdtype(dtype, jnp.floating):
         raise ValueError(
-            f"compute_dtype={compute_dtype!r} is no floating-point type; use float32 or bfloat16"
+            f"compute_dtype={compute_dtype!r} is not a floating-point type; use float32 or bfloat16"
         )
     return dtype
 

@@ -83,7 +83,7 @@ def _check_augmentation(settings: Settings) -> None:
     mask_id = augmentation.options.get("mask_id")
     if mask_id is not None and mask_id >= settings.data.vocabulary_size:
         raise ValueError(
-            f"augmentation.options.mask_id={mask_id} is no token; the vocabulary has "
+            f"augmentation.options.mask_id={mask_id} is not a token; the vocabulary has "
             f"data.vocabulary_size={settings.data.vocabulary_size}"
         )
 

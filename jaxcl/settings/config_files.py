@@ -60,7 +60,7 @@ def load_config(named: str) -> ConfigDict:
     """
     config = _call(named, "get_config")
     if not isinstance(config, ConfigDict):
-        raise ValueError(f"get_config of {named} returns no ConfigDict")
+        raise ValueError(f"get_config of {named} does not return a ConfigDict")
     return config
 
 

@@ -77,7 +77,9 @@ def read_settings(
     """
     fields = config.to_dict() if isinstance(config, ConfigDict) else dict(config)
     if "parts" in fields:
-        raise ValueError("parts is no field of a config; the names in it say which parts are used")
+        raise ValueError(
+            "parts is not a field of a config; the names in it say which parts are used"
+        )
     settings = read_section(Settings, _with_either(fields))
     settings = with_pretrained(settings, changed=changed, trust=trust, workdir=workdir)
     settings = _with_parts(settings, trust)

@@ -152,7 +152,8 @@ def test_a_text_that_is_not_utf8_is_a_problem_of_its_row_alone(tmp_path, kind):
         (
             "a.json",
             b'\n{\n"query": "a"\n}',
-            "a.json: no row can be read; line 2: the line is not JSON",
+            r"a.json: no row can be read; line 2: the line is not JSON \(Expecting property name "
+            r"enclosed in double quotes, at character \d\)",
         ),
         ("a.jsonl", b"\xff\xfe{\x00", "a.jsonl: no row can be read; line 1: the line is not UTF-8"),
         ("a.parquet", b"no parquet", "a.parquet: .*magic bytes"),

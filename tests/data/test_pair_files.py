@@ -277,7 +277,7 @@ def test_bad_rows_are_named_and_counted_or_skipped(opened, tmp_path, said):
         opened(splits=WHOLE)
     message = str(error.value)
     assert "line 3: 'key' is empty; pairs.jsonl line 4: the line is not a JSON object" in message
-    assert "; and 10 more. Fix them, or set data.files.bad_rows='skip'" in message
+    assert "; and 10 more. Correct the data, or set data.files.bad_rows='skip'" in message
     assert len(opened(splits=WHOLE, bad_rows="skip")["train"]) == 2
     assert "skipped: 15 rows cannot be used: pairs.jsonl line 2: there is no 'key'" in said[-1]
     path.write_text(good + 1000 * BAD_LINES)

@@ -181,7 +181,7 @@ def test_an_unknown_modality_is_an_error():
         ({"augmentation": {"sides": ()}}, "name one or both of query, key"),
         (
             {"augmentation": {"name": "span_masking", "options": {"mask_id": 16_384}}},
-            "mask_id=16384 is no token",
+            "mask_id=16384 is not a token",
         ),
         ({"augmentation": {"name": "token_drop"}}, "did you mean 'token_dropout'"),
     ],

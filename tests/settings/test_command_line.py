@@ -140,7 +140,7 @@ def test_later_values_win_and_all_changed_fields_are_named():
         ("def get_config(): return 1 / 0", "ZeroDivisionError: division by zero"),
         ("def get_config(: pass", "SyntaxError"),
         ("import no_such_package", "ModuleNotFoundError: No module named 'no_such_package'"),
-        ("def get_config(): return {}", "returns no ConfigDict"),
+        ("def get_config(): return {}", "does not return a ConfigDict"),
         ("config = 3", "has no function get_config"),
         ("def get_config(): raise ValueError('no variant')", "mine.py: no variant"),
     ],

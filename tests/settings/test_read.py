@@ -130,7 +130,7 @@ def test_settings_round_trip_through_json():
 def test_a_field_of_no_section_is_refused():
     with pytest.raises(ValueError, match=r"optimizer\.rate is unknown"):
         read_settings({"optimizer": {"rate": 1}})
-    with pytest.raises(ValueError, match="parts is no field of a config"):
+    with pytest.raises(ValueError, match="parts is not a field of a config"):
         read_settings({"parts": {}})
 
 

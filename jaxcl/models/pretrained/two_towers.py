@@ -65,6 +65,6 @@ def logit_values(tensors: Mapping[str, np.ndarray]) -> dict[str, float]:
         if name in tensors:
             value = np.asarray(tensors[name], np.float64)
             if value.size != 1 or not np.isfinite(value).all():
-                raise ValueError(f"{name} is no finite number; download the folder again")
+                raise ValueError(f"{name} is not a finite number; download the folder again")
             values[name] = float(value.reshape(()))
     return values

@@ -55,6 +55,8 @@ class ConvNetEncoder(ImageEncoder):
         compute_dtype: str | None = None,
         rngs: nnx.Rngs,
     ):
+        if not widths:
+            raise ValueError("widths=() has no convolution; give at least one number of channels")
         size = image_size or loaded_size
         super().__init__(PixelRule(size, mean, std, kept), compute_dtype=compute_dtype)
         conv = functools.partial(

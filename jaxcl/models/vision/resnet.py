@@ -79,6 +79,8 @@ class ResNetEncoder(ImageEncoder):
         rngs: nnx.Rngs,
     ):
         check_name("stem", stem, STEMS)
+        if not stages:
+            raise ValueError("stages=() has no block; give at least one number of blocks")
         rule = PixelRule(image_size or loaded_size, mean, std, kept)
         super().__init__(rule, compute_dtype=compute_dtype)
         dtype = self.dtype

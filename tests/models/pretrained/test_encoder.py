@@ -124,7 +124,7 @@ def test_an_option_without_effect_on_static_embeddings_is_an_error(option):
 @pytest.mark.parametrize("dtype", ["int32", "half a float"])
 @pytest.mark.parametrize("config", [STATIC, read_config("bert")])
 def test_an_unknown_type_of_activations_is_an_error(config, dtype):
-    with pytest.raises(ValueError, match=f"compute_dtype='{dtype}' is no floating-point type"):
+    with pytest.raises(ValueError, match=f"compute_dtype='{dtype}' is not a floating-point type"):
         PretrainedEncoder(describe(config), compute_dtype=dtype, rngs=nnx.Rngs(0))
 
 

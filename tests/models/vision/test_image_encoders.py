@@ -216,9 +216,11 @@ def test_one_loop_over_the_layers_is_the_layers_one_after_the_other():
         (vit, {"positions": "sincos", "hidden_dim": 6}, "hidden_dim=6 with positions='sincos'"),
         (resnet, {"stem": "tall"}, "stem='tall' is unknown; use one of large, small"),
         (resnet, {"stages": (0,)}, "stages=0; set it to at least 1"),
+        (resnet, {"stages": ()}, r"stages=\(\) has no block; give at least one"),
+        (convnet, {"widths": ()}, r"widths=\(\) has no convolution; give at least one"),
         (convnet, {"head": (0,)}, "head=0; set it to at least 1"),
         (convnet, {"std": (0.5, 0.5, 0.0)}, "std=0.0; set it above 0"),
-        (convnet, {"compute_dtype": "int8"}, "compute_dtype='int8' is no floating-point type"),
+        (convnet, {"compute_dtype": "int8"}, "compute_dtype='int8' is not a floating-point type"),
     ],
 )
 def test_a_wrong_option_is_an_error(make, options, message):
