@@ -46,10 +46,11 @@ def get_config() -> ConfigDict:
     config.grad_cache = ConfigDict(
         {"chunk_size": placeholder(int), "chunk_tokens": placeholder(int)}
     )
-    # The maximum number of lengths to which the texts of a batch are padded. Texts of similar
-    # length are encoded together in chunks, even without chunk_size or chunk_tokens. 1 pads all
-    # texts to data.max_tokens. None means 3 on CPUs and 12 on accelerators (not benchmarked yet) if
-    # the encoder has attention and this saves at least a fifth of the work, and 1 otherwise.
+    # The maximum number of distinct lengths to which the texts of a batch are padded. Texts of
+    # similar length are encoded together in chunks, even without chunk_size or chunk_tokens. 1 pads
+    # all texts to data.max_tokens. None means 3 on CPUs and 12 on accelerators (not benchmarked
+    # yet) if the encoder has attention and this saves at least a fifth of the work, and 1
+    # otherwise.
     config.grad_cache.length_buckets = placeholder(int)
     config.optimizer = _optimizer()
     config.evaluation = _evaluation()
@@ -95,7 +96,8 @@ def _data() -> ConfigDict:
     data.add_cls = False  # whether the run's own tokenizer puts a [CLS] token first
     data.distinct_tokens = False  # True drops repeated tokens of a text, for static encoders
     # Whether to add the tokenizer's special tokens, such as [CLS] and [SEP]. None uses the
-    # pretrained model's setting; without a pretrained model, none are added, and padding has id 0.
+    # pretrained model's setting; without a pretrained model, only data.add_cls adds one, and
+    # padding has id 0.
     data.special_tokens = placeholder(bool)
     # The prompt before each text of a side; None uses the pretrained model's; "" means no prompt.
     data.prompts = ConfigDict({"query": placeholder(str), "key": placeholder(str)})
@@ -172,7 +174,7 @@ def _lora() -> ConfigDict:
     lora.targets = ("*blocks/*",)
     # Patterns for the paths of other encoder parameters to train, such as "towers/both/dense/*".
     lora.also_train = ()
-    # The dtype of the frozen kernels and token tables: "float32" (also None), "bfloat16" or
+    # The dtype of the frozen kernels and token embeddings: "float32" (also None), "bfloat16" or
     # "float16".
     lora.base_dtype = placeholder(str)
     return lora
@@ -198,8 +200,8 @@ def _loss() -> ConfigDict:
     loss.implementation = placeholder(str)
     loss.bias = placeholder(float)  # initial value of the learned bias of "sigmoid"
     loss.matryoshka_dims = ()  # also compute the loss on embedding prefixes of these lengths
-    # Rows with equal entries in any of these columns are not negatives of each other: "row", "text"
-    # (equal queries or keys), "group".
+    # Rows with equal entries in any of these columns are not negatives of each other: "row" (copies
+    # of a training row, such as in the bank), "text" (equal queries or keys), "group".
     loss.masks = ("row",)
     # Negatives are masked if their similarity exceeds the positive's similarity minus this margin.
     loss.margin = placeholder(float)
@@ -228,10 +230,10 @@ def _negatives() -> ConfigDict:
         | {"margin": placeholder(float), "relative_margin": placeholder(float)}
         | {"sampling": "random"}
     )
-    # Quotas of the groups in the tier "stratified": in proportion to their "rows", "equal", or set
-    # by "weights".
+    # Quotas of the groups in the tier "stratified": "rows" makes them proportional to the groups'
+    # sizes, "equal" makes them equal, and "weights" reads negatives.weights.
     negatives.proportions = "rows"
-    # ((group, weight), …). String labels are numbered in alphabetical order.
+    # ((group, weight), …). A string label's group is its place in alphabetical order, from 0.
     negatives.weights = ()
     # The decay of the momentum encoder rises along a cosine from initial, at the first step, to
     # final, at the last; initial=None disables the encoder.
@@ -268,14 +270,16 @@ def _assignment() -> ConfigDict:
     # preset.
     gcbs.preset = "light"
     gcbs.neighbours = placeholder(int)  # hard negatives per row in the graph
-    gcbs.starts = placeholder(int)  # random initial directions per split
+    gcbs.starts = placeholder(int)  # random starting directions tried per split
     gcbs.walks = placeholder(int)  # steps of the random walk in each split
     gcbs.swaps = placeholder(int)  # rounds of swaps after each split
     gcbs.refinements = placeholder(int)  # rounds of swaps between any two blocks at the end
-    gcbs.graph = placeholder(str)  # "exact" or "clustered"
+    # Where neighbours are searched: "exact" among all rows, "clustered" in the nearest clusters.
+    gcbs.graph = placeholder(str)
     gcbs.similarity_cap = placeholder(float)  # rows more similar than this are not connected
     gcbs.embeddings = "encode"  # "encode" encodes all rows; "bank" reads the instance bank
-    gcbs.random_initial = 0.0  # at the first step, the fraction of blocks that are shuffled
+    # At the first step, the fraction of blocks whose rows are pooled and shuffled among them.
+    gcbs.random_initial = 0.0
     gcbs.random_final = 0.0  # the same, at the last step
     # Rows with equal entries in any of these columns never share a batch: "text", "group".
     gcbs.keep_apart = ("text",)
@@ -330,8 +334,8 @@ def _optimizer() -> ConfigDict:
     # negatives in the same memory, use a larger global_batch_size with grad_cache.
     optimizer.accumulate_steps = 1
     # The decay of an exponential moving average of the weights, such as 0.999; None disables it.
-    # The average excludes the initial weights. evaluation.weights="average" evaluates and exports
-    # it.
+    # The average is corrected for bias: the initial weights have no influence.
+    # evaluation.weights="average" evaluates and exports it.
     optimizer.average_decay = placeholder(float)
     optimizer.options = option_fields(OPTIMIZERS)  # of all optimizers; None means their own default
     return optimizer
@@ -359,8 +363,8 @@ def _evaluation() -> ConfigDict:
     # (model.options.head).
     evaluation.projection_head = True
     # Evaluation sets, as --config.evaluation.sets.NAME=PATH, evaluated every run.evaluate_every
-    # steps. PATH is a file or folder, or split:ROLE for the labelled rows of one of the run's own
-    # splits. The metrics of a set are called NAME/METRIC.
+    # steps. PATH is a file or folder, or split:SPLIT (such as split:test) for the labelled rows of
+    # one of the run's own splits. The metrics of a set are called NAME/METRIC.
     evaluation.sets = ConfigDict()
     # A metric such as "validation/dense/mrr@10" or "NAME/spearman". The checkpoint with the highest
     # value is kept in addition to the newest ones, as WORKDIR/checkpoints/best.

@@ -4,6 +4,7 @@ from typing import NamedTuple
 
 import numpy as np
 
+from jaxcl.evaluation.finite import check_finite
 from jaxcl.evaluation.retrieval import dense_scores
 from jaxcl.typing import Bool, Float, Int
 
@@ -81,8 +82,8 @@ def rank_captions(
       >>> ranks.of_images.tolist(), ranks.of_pairs.tolist()
       ([1, 1], [2, 1, 1])
     """
-    if not (np.isfinite(images).all() and np.isfinite(captions).all()):
-        raise ValueError("an embedding is not finite; look for NaN in the model's parameters")
+    check_finite(images, "embeddings of images")
+    check_finite(captions, "embeddings of captions")
     tile = tile or max(1, _TILE_SCORES // max(len(images), len(captions)))
     best = np.full(len(images), -np.inf, np.float32)
     own = np.empty(len(pairs.images), np.float32)

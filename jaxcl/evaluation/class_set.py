@@ -12,6 +12,7 @@ import numpy as np
 
 from jaxcl.data.sources import PairSource
 from jaxcl.evaluation.differences import Difference
+from jaxcl.evaluation.finite import check_finite
 from jaxcl.evaluation.labelled import PARTS, LabelledParts, read_labelled_rows
 from jaxcl.evaluation.labelled_images import read_labelled_images
 from jaxcl.evaluation.linear_probe import choose_strength, fit_probe
@@ -210,7 +211,6 @@ def class_set_of_rows(
 
 
 def _unit(vectors: Float[np.ndarray, "n d"]) -> Float[np.ndarray, "n d"]:
-    if not np.isfinite(vectors).all():
-        raise ValueError("an embedding is not finite; look for NaN in the model's parameters")
+    check_finite(vectors, "embeddings")
     norms = np.linalg.norm(vectors.astype(np.float64), axis=1, keepdims=True)
     return (vectors / np.maximum(norms, 1e-30)).astype(np.float32)

@@ -11,6 +11,7 @@ import numpy as np
 from scipy.optimize import minimize
 from scipy.special import log_softmax
 
+from jaxcl.evaluation.finite import check_finite
 from jaxcl.typing import Float, Int
 
 __all__ = ["STRENGTHS", "LinearProbe", "check_labels", "choose_strength", "fit_probe"]
@@ -151,5 +152,4 @@ def _check(
     check_labels(labels, num_classes)
     if not 0 < strength < np.inf:
         raise ValueError(f"strength={strength} must be positive and finite")
-    if not np.isfinite(features).all():
-        raise ValueError("a feature is not finite; look for NaN in the model's parameters")
+    check_finite(features, "rows of features")

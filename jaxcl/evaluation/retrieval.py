@@ -20,6 +20,7 @@ from typing import NamedTuple
 
 import numpy as np
 
+from jaxcl.evaluation.finite import check_finite
 from jaxcl.evaluation.known_positives import KnownPositives, rank_last
 from jaxcl.metrics import (
     mean_and_standard_error,
@@ -385,10 +386,5 @@ def _finite_rows(name: str, embeddings: Float[Array | np.ndarray, "q d"]) -> np.
     rows = np.asarray(embeddings, np.float64)
     if rows.ndim != 2:
         raise ValueError(f"{name} have the shape {rows.shape}; give one vector per row, [n, d]")
-    bad = np.flatnonzero(~np.isfinite(rows).all(axis=1))
-    if bad.size:
-        raise ValueError(
-            f"{bad.size} of {len(rows)} rows of {name} contain NaN or infinity, the first is row "
-            f"{bad[0]}; check for a zero vector that is divided by its norm"
-        )
+    check_finite(rows, f"rows of {name}")
     return rows

@@ -13,6 +13,7 @@ import numpy as np
 from jax.experimental import multihost_utils
 
 from jaxcl.data.beir import Beir, read_beir
+from jaxcl.evaluation.finite import check_finite
 from jaxcl.evaluation.graded import GRADED_METRICS, GradedRanks, places_of
 from jaxcl.evaluation.protocol import Encode
 from jaxcl.evaluation.retrieval import BM25, METHODS, reciprocal_rank_fusion
@@ -204,7 +205,8 @@ class RetrievalSet:
     def _dense_scores(self, encode: Encode | None) -> _Scores:
         if encode is None:
             raise ValueError('"dense" and "hybrid" read embeddings; give encode')
-        vectors = _finite("query", encode("query", self.data.query_texts))
+        vectors = encode("query", self.data.query_texts)
+        check_finite(vectors, "embeddings of queries")
         keys = self._embedded_corpus(encode)
 
         def scores(queries: Int[np.ndarray, " q"]) -> Float[np.ndarray, "q n"]:
@@ -222,7 +224,8 @@ class RetrievalSet:
         keys = np.empty((0, 0), np.float32)
         for first in range(0, len(corpus), _ENCODE_DOCUMENTS):
             rows = np.arange(first, min(first + _ENCODE_DOCUMENTS, len(corpus)))
-            vectors = _finite("key", encode("key", corpus.read(rows)))
+            vectors = encode("key", corpus.read(rows))
+            check_finite(vectors, "embeddings of documents", first=first)
             if first == 0:
                 keys = np.empty((len(corpus), vectors.shape[1]), np.float32)
             keys[rows] = vectors
@@ -270,13 +273,3 @@ def _scores_of(
     if method != "hybrid":
         return tables[method][row]
     return reciprocal_rank_fusion([table[row : row + 1] for table in tables.values()], k=rrf_k)[0]
-
-
-def _finite(side: str, vectors: Float[np.ndarray, "n d"]) -> Float[np.ndarray, "n d"]:
-    bad = np.flatnonzero(~np.isfinite(vectors).all(axis=1))
-    if bad.size:
-        raise ValueError(
-            f"{bad.size:,} of {len(vectors):,} embeddings of side {side} contain a NaN or an "
-            f"infinity; the first is that of text {bad[0]}"
-        )
-    return vectors

@@ -66,7 +66,7 @@ def test_a_collapsed_model_has_the_last_rank():
     pairs = CaptionPairs(np.arange(3), np.arange(3), np.arange(3))
     ranks = rank_captions(np.ones((3, 2)), np.ones((3, 2)), pairs)
     assert ranks.of_images.tolist() == ranks.of_pairs.tolist() == [3, 3, 3]
-    with pytest.raises(ValueError, match="an embedding is not finite"):
+    with pytest.raises(ValueError, match="3 of 3 embeddings of images contain NaN"):
         rank_captions(np.full((3, 2), np.nan), np.ones((3, 2)), pairs)
 
 

@@ -273,15 +273,17 @@ def test_the_fingerprint_depends_on_texts_and_labels(tmp_path):
     assert len(seen) == 4
 
 
-def test_embeddings_that_are_not_finite_are_an_error(tmp_path):
+def test_an_embedding_that_is_not_finite_is_an_error_that_names_its_document(tmp_path, monkeypatch):
+    monkeypatch.setattr(retrieval_set, "_ENCODE_DOCUMENTS", 3)
     found = open_set(small_folder(tmp_path))
 
     def broken(side, texts):
         vectors = numbers(side, texts)
-        vectors[1] = np.nan if side == "key" else vectors[1]
+        if side == "key" and len(texts) == 1:  # the last of the 4 documents
+            vectors[0] = np.nan
         return vectors
 
-    with pytest.raises(ValueError, match=r"1 of 4 embeddings of side key .* that of text 1"):
+    with pytest.raises(ValueError, match=r"1 of 1 embeddings of documents .* first is row 3\."):
         found.evaluate(broken)
 
 
