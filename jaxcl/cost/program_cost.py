@@ -6,7 +6,7 @@ XLA's own cost analysis counts the body of a loop once. This module counts it on
 import collections
 import math
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from typing import Any, NamedTuple
 
 from jax.extend import core
@@ -75,15 +75,19 @@ def traffic(program: str) -> Traffic:
     """Estimate the traffic of a compiled program from its text, `compiled.as_text()`."""
     computations, entry = _parsed(program)
     memory = interconnect = 0.0
-    # Nothing inside a fusion goes through main memory, but a fusion may contain collectives.
-    waiting = [(entry, 1.0, False)]
+    # Nothing inside a fusion goes through main memory, but a fusion may contain collectives. A TPU
+    # runs an asynchronous collective in the background of several fusions, each of which repeats
+    # the instruction. They share a channel, and are counted once.
+    waiting: list[tuple[str, float, set[str] | None]] = [(entry, 1.0, None)]
     while waiting:
-        name, times, fused = waiting.pop()
+        name, times, channels_outside = waiting.pop()
+        fused = channels_outside is not None
+        channels = set() if channels_outside is None else channels_outside
         named = computations[name]
         for instruction in named.values():
             if instruction.opcode in ("async-update", "async-done"):
                 continue  # counted at their async-start
-            interconnect += times * _received(instruction)
+            interconnect += times * _received(instruction, channels)
             if not fused:
                 memory += times * _moved(instruction, named, computations)
             called = re.findall(
@@ -95,7 +99,7 @@ def traffic(program: str) -> Traffic:
             trips = 1.0 if once else _trips(instruction, computations)
             inside = fused or instruction.opcode not in ("while", "conditional", "call")
             for callee in re.findall(r"%([\w.\-]+)", " ".join(called)):
-                waiting.append((callee, times * trips, inside))
+                waiting.append((callee, times * trips, channels if inside else None))
     return Traffic(memory, interconnect)
 
 
@@ -181,9 +185,17 @@ def _moved(
     called = re.search(r"calls=%([\w.\-]+)", instruction.attributes)
     if opcode == "fusion" and called:
         inside = computations[called[1]]
-        for number, used in _slices_of_parameters(inside).items():
+        background = _in_background(inside)
+        if "AsyncCollectiveStart" in background:
+            return written  # the result includes source and target
+        if "AsyncCollectiveDone" in background:
+            return 0.0
+        for number, used in _slices_of_parameters(inside, background).items():
             if number < len(read):
                 read[number] = min(read[number], used)
+        for name in background:
+            if (passed := inside[name]).opcode != "tuple":
+                written -= sum(_shapes(passed.result, on_chip=False))
         updates = [one for one in inside.values() if one.opcode == "dynamic-update-slice"]
         for update in updates:
             buffer_bytes = sum(_shapes(update.result, on_chip=True))
@@ -193,8 +205,32 @@ def _moved(
     return written + sum(read)
 
 
-def _slices_of_parameters(fused: Mapping[str, _Instruction]) -> dict[int, int]:
-    """Number of a parameter -> bytes read from it, for parameters that are only read in slices."""
+def _in_background(fused: Mapping[str, _Instruction]) -> frozenset[str]:
+    """The instructions of a fusion that only pass on an asynchronous collective of a TPU.
+
+    The first fusion of such a collective starts it, the last waits for its end, and all between
+    them do other work, and pass on its arrays. The name of the call that starts or ends it stands
+    for the first and the last.
+    """
+    collectives = [one for one in fused.values() if "chain_id=" in one.attributes]
+    root = next((one for one in fused.values() if one.is_root), None)
+    if not collectives or root is None:
+        return frozenset()
+    if root.opcode == "custom-call":
+        return frozenset(re.findall(r"AsyncCollective(?:Start|Done)", root.attributes))
+    if root.opcode != "tuple":
+        return frozenset()
+    passed = {name for name in root.operands if fused[name].opcode == "parameter"}
+    return frozenset((*passed, *(one.name for one in collectives), root.name))
+
+
+def _slices_of_parameters(
+    fused: Mapping[str, _Instruction], background: Collection[str]
+) -> dict[int, int]:
+    """Number of a parameter -> bytes read from it, for parameters that are only read in slices.
+
+    Instructions in the `background` read nothing.
+    """
     users = collections.defaultdict(list)
     for instruction in fused.values():
         for operand in dict.fromkeys(instruction.operands):
@@ -205,7 +241,9 @@ def _slices_of_parameters(fused: Mapping[str, _Instruction]) -> dict[int, int]:
             continue
         sizes = []
         for user in users[name]:
-            if user.opcode in _SLICING and user.operands[0] == name:
+            if user.name in background:
+                sizes.append(0)
+            elif user.opcode in _SLICING and user.operands[0] == name:
                 sizes.append(sum(_shapes(user.result, on_chip=True)))
             elif user.opcode == "dynamic-update-slice" and user.operands[0] == name:
                 sizes.append(0)
@@ -216,8 +254,12 @@ def _slices_of_parameters(fused: Mapping[str, _Instruction]) -> dict[int, int]:
     return slices
 
 
-def _received(instruction: _Instruction) -> float:
-    """The bytes that a device receives from a collective, if it is a ring."""
+def _received(instruction: _Instruction, channels: set[str]) -> float:
+    """The bytes that a device receives from a collective, if it is a ring.
+
+    Collectives on one of the `channels` are parts of one that is counted already. The instruction's
+    own channel is added.
+    """
     collective = re.fullmatch(
         r"(all-gather|all-reduce|reduce-scatter|all-to-all|ragged-all-to-all|collective-permute"
         r"|collective-broadcast)(-start)?",
@@ -225,6 +267,10 @@ def _received(instruction: _Instruction) -> float:
     )
     if collective is None:
         return 0.0
+    if channel := re.search(r"channel_id=(\d+)", instruction.attributes):
+        if channel[1] in channels:
+            return 0.0
+        channels.add(channel[1])
     kind, started = collective[1], collective[2] is not None
     sizes = [*_shapes(instruction.result, on_chip=True)]
     if started and kind in ("all-gather", "collective-permute"):

@@ -142,3 +142,66 @@ ENTRY %main (a: f32[2,4]) -> f32[16,4] {
     found = traffic(program)
     assert found.interconnect == 15 * 16 + 7 / 8 * 256 + 32 + 32
     assert found.memory == 15 * (2 * 16) + 32 + 256 + 32 + 2 * 32 + 2 * 32
+
+
+def test_a_collective_in_the_background_of_several_fusions_counts_once():
+    program = """
+HloModule step
+
+%begin (p: f32[2,4]) -> (f32[2,4], f32[16,4], MARK) {
+  %p = f32[2,4] parameter(0)
+  %g = f32[16,4] all-gather(%p), channel_id=5, GROUPS, chain_id="1"
+  ROOT %s = (f32[2,4], f32[16,4], MARK) custom-call(%g), target="AsyncCollectiveStart"
+}
+
+%amid (p.1: f32[2,4], b.1: f32[16,4], m: MARK, x.1: f32[8]) -> (f32[8], …) {
+  %p.1 = f32[2,4] parameter(0)
+  %b.1 = f32[16,4] parameter(1)
+  %m = MARK parameter(2)
+  %x.1 = f32[8] parameter(3)
+  %sine = f32[8] sine(%x.1)
+  %g.1 = f32[16,4] all-gather(%p.1), channel_id=5, GROUPS, chain_id="1"
+  ROOT %both = (f32[8], f32[2,4], f32[16,4], f32[16,4], MARK) tuple(%sine, %p.1, %b.1, %g.1, %m)
+}
+
+%finish (p.2: f32[2,4], b.2: f32[16,4]) -> f32[16,4] {
+  %p.2 = f32[2,4] parameter(0)
+  %b.2 = f32[16,4] parameter(1)
+  %g.2 = f32[16,4] all-gather(%p.2), channel_id=5, GROUPS, chain_id="1"
+  ROOT %e = f32[16,4] custom-call(%p.2, %b.2, %g.2), target="AsyncCollectiveDone"
+}
+
+%other (p.3: f32[2,4]) -> f32[16,4] {
+  %p.3 = f32[2,4] parameter(0)
+  ROOT %g.3 = f32[16,4] all-gather(%p.3), channel_id=6, GROUPS
+}
+
+%bound (c: (s32[], f32[2,4])) -> pred[] {
+  %c = (s32[], f32[2,4]) parameter(0)
+  %n = s32[] constant(3)
+  %i = s32[] get-tuple-element(%c), index=0
+  ROOT %less = pred[] compare(%i, %n), direction=LT
+}
+
+%turn (t: (s32[], f32[2,4])) -> (s32[], f32[2,4]) {
+  %t = (s32[], f32[2,4]) parameter(0)
+  %x = f32[2,4] get-tuple-element(%t), index=1
+  %y = f32[8] bitcast(%x)
+  %begun = (f32[2,4], f32[16,4], MARK) fusion(%x), calls=%begin
+  %space = f32[16,4] get-tuple-element(%begun), index=1
+  %mark = MARK get-tuple-element(%begun), index=2
+  %work = (f32[8], f32[2,4], f32[16,4], f32[16,4], MARK) fusion(%x, %space, %mark, %y), calls=%amid
+  %ended = f32[16,4] fusion(%x, %space), calls=%finish
+  %more = f32[16,4] fusion(%x), calls=%other
+  ROOT %next = (s32[], f32[2,4]) tuple(%t, %x)
+}
+
+ENTRY %main (a: f32[2,4]) -> (s32[], f32[2,4]) {
+  %a = f32[2,4] parameter(0)
+  ROOT %loop = (s32[], f32[2,4]) while(%a), condition=%bound, body=%turn
+}
+""".replace("MARK", "u32[]{:S(2)}").replace("GROUPS", "replica_groups=[2,8]<=[16]")
+    shard, whole, work = 32, 256, 32
+    found = traffic(program)
+    assert found.interconnect == 3 * 2 * 7 / 8 * whole  # channels 5 and 6, in each of 3 turns
+    assert found.memory == 3 * ((shard + whole) + 2 * work + (shard + whole))
