@@ -14,7 +14,9 @@ class Chip(NamedTuple):
       flops: bfloat16 operations per second, without sparsity.
       memory: size of the main memory, in bytes.
       memory_rate: bytes per second to and from main memory.
-      link_rate: bytes per second received from other chips, over all links.
+      link_rate: bytes per second received from other chips. TPUs receive over the two links of a
+        ring along one axis of the slice. Collectives over several axes may use more links (4 of
+        v5e and v6e, 6 of v4 and v5p), and axes without wraparound have half the rate.
     """
 
     flops: float
@@ -24,10 +26,10 @@ class Chip(NamedTuple):
 
 
 CHIPS = {
-    "v4": Chip(275e12, 32 * _GIB, 1_228e9, 300e9),
-    "v5e": Chip(197e12, 16 * _GIB, 819e9, 200e9),
-    "v5p": Chip(459e12, 95 * _GIB, 2_765e9, 600e9),
-    "v6e": Chip(918e12, 32 * _GIB, 1_640e9, 448e9),
+    "v4": Chip(275e12, 32 * _GIB, 1_228e9, 100e9),
+    "v5e": Chip(197e12, 16 * _GIB, 819e9, 100e9),
+    "v5p": Chip(459e12, 95 * _GIB, 2_765e9, 200e9),
+    "v6e": Chip(918e12, 32 * _GIB, 1_640e9, 200e9),
     "A100": Chip(312e12, 80 * _GIB, 2_039e9, 300e9),
     "H100": Chip(989e12, 80 * _GIB, 3_350e9, 450e9),
     "H200": Chip(989e12, 141 * _GIB, 4_800e9, 450e9),

@@ -23,6 +23,9 @@ _FREE = (
 )
 """Instructions that move no bytes themselves."""
 
+_FREE_CALLS = ("AllocateBuffer", "ConcatBitcast")
+"""Calls to a TPU's compiler that move no bytes."""
+
 _SLICING = frozenset(("dynamic-slice", "slice", "gather"))
 
 
@@ -39,7 +42,7 @@ class Traffic(NamedTuple):
 
 
 def matrix_flops(jaxpr: Any) -> float:
-    """Count the floating-point operations of all matrix products in a traced program.
+    """Count the floating-point operations of matrix products and convolutions in a traced program.
 
     The count is over all devices: the body of a `shard_map` counts once per device. The body of a
     loop counts once per iteration if the trace knows the number of iterations, and only the most
@@ -60,7 +63,9 @@ def matrix_flops(jaxpr: Any) -> float:
     total = 0.0
     for equation in getattr(jaxpr, "jaxpr", jaxpr).eqns:
         name, inside = equation.primitive.name, [*_programs_of(equation)]
-        if name == "dot_general":
+        if name == "conv_general_dilated":
+            total += _convolution_flops(equation)
+        elif name == "dot_general":
             (contracted, _), _ = equation.params["dimension_numbers"]
             lengths = [equation.invars[0].aval.shape[axis] for axis in contracted]
             total += 2.0 * math.prod(equation.outvars[0].aval.shape) * math.prod(lengths)
@@ -72,35 +77,63 @@ def matrix_flops(jaxpr: Any) -> float:
 
 
 def traffic(program: str) -> Traffic:
-    """Estimate the traffic of a compiled program from its text, `compiled.as_text()`."""
+    """Estimate the traffic of a compiled program from its text, `compiled.as_text()`.
+
+    Only the branch of a conditional that moves the most bytes counts.
+    """
     computations, entry = _parsed(program)
+    return _traffic_of(entry, computations, chains=None)
+
+
+def _traffic_of(
+    name: str, computations: Mapping[str, Mapping[str, "_Instruction"]], chains: set[str] | None
+) -> Traffic:
+    """The traffic of one call of a computation.
+
+    Nothing inside a fusion goes through main memory, but a fusion may contain collectives. A TPU
+    runs an asynchronous collective in the background of several fusions, each of which repeats the
+    instruction. They have the same chain id, and are counted once.
+
+    Args:
+      name: the computation.
+      computations: all computations of the program.
+      chains: inside a fusion, the chains that were counted in earlier fusions of the computation
+        that calls it; `None` outside of fusions.
+    """
     memory = interconnect = 0.0
-    # Nothing inside a fusion goes through main memory, but a fusion may contain collectives. A TPU
-    # runs an asynchronous collective in the background of several fusions, each of which repeats
-    # the instruction. They share a channel, and are counted once.
-    waiting: list[tuple[str, float, set[str] | None]] = [(entry, 1.0, None)]
-    while waiting:
-        name, times, channels_outside = waiting.pop()
-        fused = channels_outside is not None
-        channels = set() if channels_outside is None else channels_outside
-        named = computations[name]
-        for instruction in named.values():
-            if instruction.opcode in ("async-update", "async-done"):
-                continue  # counted at their async-start
-            interconnect += times * _received(instruction, channels)
-            if not fused:
-                memory += times * _moved(instruction, named, computations)
-            called = re.findall(
-                r"(?:body|calls|to_apply|branch_computations|(?:true|false)_computation)="
-                r"\{?((?:%[\w.\-]+(?:, )?)+)",
-                instruction.attributes,
-            )
-            once = instruction.opcode != "while"
-            trips = 1.0 if once else _trips(instruction, computations)
-            inside = fused or instruction.opcode not in ("while", "conditional", "call")
-            for callee in re.findall(r"%([\w.\-]+)", " ".join(called)):
-                waiting.append((callee, times * trips, channels if inside else None))
-    return Traffic(memory, interconnect)
+    own = set() if chains is None else chains
+    named = computations[name]
+    for instruction in named.values():
+        if instruction.opcode in ("async-update", "async-done"):
+            continue  # counted at their async-start
+        interconnect += _received(instruction, own)
+        if chains is None:
+            memory += _moved(instruction, named, computations)
+        outside = instruction.opcode in ("while", "conditional", "call")
+        called = [
+            _traffic_of(callee, computations, None if outside and chains is None else own)
+            for callee in _callees(instruction)
+        ]
+        if not called:
+            continue
+        count = _trips(instruction, computations) if instruction.opcode == "while" else 1.0
+        join = max if instruction.opcode == "conditional" else sum
+        memory += count * join(one.memory for one in called)
+        interconnect += count * join(one.interconnect for one in called)
+    # A TPU fuses an all-reduce with a slice of its result: a reduce-scatter receives half as much.
+    return Traffic(
+        memory, interconnect / 2 if name.startswith("all-reduce-scatter") else interconnect
+    )
+
+
+def _callees(instruction: "_Instruction") -> list[str]:
+    """The computations that an instruction calls, except the condition of a loop."""
+    called = re.findall(
+        r"(?:body|calls|to_apply|branch_computations|(?:true|false)_computation)="
+        r"\{?((?:%[\w.\-]+(?:, )?)+)",
+        instruction.attributes,
+    )
+    return re.findall(r"%([\w.\-]+)", " ".join(called))
 
 
 class _Instruction(NamedTuple):
@@ -171,9 +204,13 @@ def _moved(
 ) -> float:
     """The bytes that an instruction reads and writes."""
     opcode = instruction.opcode
-    if opcode in _FREE or opcode.endswith("-done"):
+    target = re.search(r'custom_call_target="(\w+)"', instruction.attributes)
+    if opcode in _FREE or opcode.endswith("-done") or (target and target[1] in _FREE_CALLS):
         return 0.0
     written = float(sum(_shapes(instruction.result, on_chip=False)))
+    if opcode == "slice-start":  # the result is ((source), slice, mark), and only the slice moves
+        ends = [*_shapes(instruction.result, on_chip=False)]
+        return float([*_shapes(instruction.result, on_chip=True)][1] * len(ends))
     if opcode.endswith("-start"):
         return written  # the result includes source and target
     operands = [named[name].result for name in instruction.operands if name in named]
@@ -254,11 +291,10 @@ def _slices_of_parameters(
     return slices
 
 
-def _received(instruction: _Instruction, channels: set[str]) -> float:
+def _received(instruction: _Instruction, chains: set[str]) -> float:
     """The bytes that a device receives from a collective, if it is a ring.
 
-    Collectives on one of the `channels` are parts of one that is counted already. The instruction's
-    own channel is added.
+    Collectives of one of the `chains` are counted already. The instruction's own chain is added.
     """
     collective = re.fullmatch(
         r"(all-gather|all-reduce|reduce-scatter|all-to-all|ragged-all-to-all|collective-permute"
@@ -267,10 +303,10 @@ def _received(instruction: _Instruction, channels: set[str]) -> float:
     )
     if collective is None:
         return 0.0
-    if channel := re.search(r"channel_id=(\d+)", instruction.attributes):
-        if channel[1] in channels:
+    if chain := re.search(r'chain_id="(\d+)"', instruction.attributes):
+        if chain[1] in chains:
             return 0.0
-        channels.add(channel[1])
+        chains.add(chain[1])
     kind, started = collective[1], collective[2] is not None
     sizes = [*_shapes(instruction.result, on_chip=True)]
     if started and kind in ("all-gather", "collective-permute"):
@@ -294,6 +330,10 @@ def _group_size(attributes: str) -> int | None:
         return int(group[1])
     if group := re.search(r"replica_groups=\{\{([\d,]+)\}", attributes):
         return group[1].count(",") + 1
+    if mesh := re.search(r"replica_groups=mesh\[(.*?)\].*?\{(.*?)\}", attributes):
+        sizes = dict(re.findall(r"'(\w+)'=(\d+)", mesh[1]))
+        axes = re.findall(r"'(\w+)'(?::\(\d+\)(\d+))?", mesh[2])  # or a part of an axis
+        return math.prod(int(part or sizes[name]) for name, part in axes)
     return None
 
 
@@ -315,6 +355,22 @@ def _programs_of(equation: Any) -> Iterator[Any]:
         for one in value if isinstance(value, (tuple, list)) else (value,):
             if isinstance(one, (core.Jaxpr, core.ClosedJaxpr)):
                 yield one
+
+
+def _convolution_flops(equation: Any) -> float:
+    """The operations of a convolution, or of a gradient of one, without those on zeros.
+
+    Every output meets a kernel of one output feature, and every input a kernel of one input
+    feature. Padding and dilation add zeros to one of the two counts, so the smaller is right.
+    """
+    inputs, kernel = (one.aval.shape for one in equation.invars)
+    outputs = equation.outvars[0].aval.shape
+    num_outputs, num_inputs = (
+        kernel[axis] for axis in equation.params["dimension_numbers"].rhs_spec[:2]
+    )
+    groups = equation.params["feature_group_count"] * equation.params["batch_group_count"]
+    per_output, per_input = math.prod(kernel) / num_outputs, math.prod(kernel) / num_inputs / groups
+    return 2 * min(math.prod(outputs) * per_output, math.prod(inputs) * per_input)
 
 
 def _times(equation: Any) -> float:

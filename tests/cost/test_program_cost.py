@@ -205,3 +205,81 @@ ENTRY %main (a: f32[2,4]) -> (s32[], f32[2,4]) {
     found = traffic(program)
     assert found.interconnect == 3 * 2 * 7 / 8 * whole  # channels 5 and 6, in each of 3 turns
     assert found.memory == 3 * ((shard + whole) + 2 * work + (shard + whole))
+
+
+@pytest.mark.parametrize("stride", [1, 2])
+@pytest.mark.parametrize("groups", [1, 3])
+def test_a_convolution_and_both_of_its_gradients_have_equal_operations(stride, groups):
+    size, kernel = (9 - 3) // stride + 1, (3, 3, 6 // groups, 12)
+
+    def convolved(x, w):
+        return jax.lax.conv_general_dilated(
+            x,
+            w,
+            (stride, stride),
+            "VALID",
+            dimension_numbers=("NHWC", "HWIO", "NHWC"),
+            feature_group_count=groups,
+        )
+
+    x, w = jnp.ones((2, 9, 9, 6)), jnp.ones(kernel)
+    once = 2 * (2 * size * size * 12) * (3 * 3 * 6 // groups)
+    assert matrix_flops(jax.make_jaxpr(convolved)(x, w)) == once
+    for argument in (0, 1):
+        gradient = jax.grad(lambda x, w: convolved(x, w).sum(), argnums=argument)
+        counted = matrix_flops(jax.make_jaxpr(gradient)(x, w))
+        assert counted == 2 * once, argument
+
+
+def test_only_the_costlier_branch_of_a_conditional_counts():
+    program = """
+HloModule step
+
+%small (p: f32[4]) -> f32[4] {
+  %p = f32[4] parameter(0)
+  ROOT %s = f32[4] sine(%p)
+}
+
+%large (p.1: f32[4]) -> f32[4] {
+  %p.1 = f32[4] parameter(0)
+  %turn = f32[4] collective-permute(%p.1)
+  ROOT %c = f32[4] cosine(%turn)
+}
+
+ENTRY %main (i: s32[], a: f32[4]) -> f32[4] {
+  %i = s32[] parameter(0)
+  %a = f32[4] parameter(1)
+  ROOT %one = f32[4] conditional(%i, %a, %a), branch_computations={%small, %large}
+}
+"""
+    assert traffic(program) == (2 * 32, 16)
+
+
+def test_a_tpu_reduces_and_scatters_slices_and_allocates():
+    program = """
+HloModule step
+
+%all-reduce-scatter.1 (p: f32[64]) -> f32[8] {
+  %p = f32[64] parameter(0)
+  %r = f32[64] all-reduce(%p), channel_id=1, replica_groups=[2,8]<=[16], to_apply=%add
+  ROOT %part = f32[8] dynamic-slice(%r), dynamic_slice_sizes={8}
+}
+
+%add (x: f32[], y: f32[]) -> f32[] {
+  %x = f32[] parameter(0)
+  %y = f32[] parameter(1)
+  ROOT %z = f32[] add(%x, %y)
+}
+
+ENTRY %main (a: f32[64]) -> f32[8] {
+  %a = f32[64] parameter(0)
+  %room = f32[1000] custom-call(), custom_call_target="AllocateBuffer"
+  %go = ((f32[64]), f32[8]{0:S(1)}, s32[]{:S(2)}) slice-start(%a), slice={[0:8]}
+  %gone = f32[8]{0:S(1)} slice-done(%go)
+  %sum = f32[4] all-reduce(%a), channel_id=1, replica_groups=mesh['x'=2,'y'=8] {'y'}, to_apply=%add
+  ROOT %own = f32[8] fusion(%a), kind=kCustom, calls=%all-reduce-scatter.1
+}
+"""
+    found = traffic(program)
+    assert found.interconnect == 7 / 8 * 256 + 2 * 7 / 8 * 16
+    assert found.memory == 32 + (256 + 16) + (256 + 32)
