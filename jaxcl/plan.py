@@ -70,7 +70,7 @@ class Plan(NamedTuple):
       batch: bytes of the device's rows of the batch.
       loss: bytes of the loss and its gradient without the embeddings: gathered keys, tiles.
       activations: bytes of everything else at the peak of a step: activations, gradients.
-      flops: multiplications and additions in the matrix products of a step.
+      flops: multiplications and additions in the matrix products and convolutions of a step.
       accessed: bytes that a step reads from and writes to the device's memory.
       moved: bytes that a step receives from other devices.
     """
@@ -97,7 +97,7 @@ class Plan(NamedTuple):
         return self.parameters + self.optimizer + self.memory + self.batch + self.temporary
 
     def seconds(self, chip: Chip) -> dict[str, float]:
-        """Seconds that a step needs for each resource alone; the largest is a lower bound."""
+        """Seconds that each resource alone needs; with rings, a step takes at least the longest."""
         return {
             "compute": self.flops / chip.flops,
             "memory": self.accessed / chip.memory_rate,
@@ -267,7 +267,7 @@ def _table(
     for name in parts:
         title = "banks and tables" if name == "memory" else name
         row(f"{title}, MiB", [f"{getattr(plan, name) / 2**20:,.1f}" for plan in plans.values()])
-    row("matrix products, GFLOP", [f"{plan.flops / 1e9:,.1f}" for plan in plans.values()])
+    row("products, GFLOP", [f"{plan.flops / 1e9:,.1f}" for plan in plans.values()])
     row("read and written, MiB", [f"{plan.accessed / 2**20:,.0f}" for plan in plans.values()])
     row("received, MiB", [f"{plan.moved / 2**20:,.2f}" for plan in plans.values()])
     if chip is None:

@@ -94,7 +94,7 @@ def test_parameters_over_an_axis_take_a_share():
 
 def test_the_slowest_part_is_the_bound_and_the_advice_is_about_the_largest():
     chip = CHIPS["v5e"]
-    plan = Plan(256, 1, 2, 3, 4, 5, 2**40, flops=197e12, accessed=819e9 / 2, moved=50 * 10**9)
+    plan = Plan(256, 1, 2, 3, 4, 5, 2**40, flops=197e12, accessed=819e9 / 2, moved=25 * 10**9)
     assert plan.seconds(chip) == {"compute": 1.0, "memory": 0.5, "interconnect": 0.25}
     assert plan.total == 15 + 2**40
     assert "grad_cache" in _advice(plan)

@@ -1,4 +1,4 @@
-"""The cost of a program: the matrix products in its trace, and the traffic once it is compiled.
+"""The cost of a program: the products in its trace, and the traffic once it is compiled.
 
 XLA's own cost analysis counts the body of a loop once. This module counts it once per iteration.
 """

@@ -20,10 +20,10 @@ __all__ = ["model_flops", "peak_flops"]
 def model_flops(settings: Settings, towers: Towers, *, frozen: Collection[str] = ()) -> float:
     """Count the floating-point operations that the model needs in one step.
 
-    These are the matrix products of encoding both sides and of scoring all queries against all
-    keys, counted three times: once for the forward pass and twice for the backward pass. The count
-    leaves out recomputation, negatives other than in-batch negatives, a momentum encoder, and the
-    gradients that need not be computed because parameters are frozen.
+    These are the matrix products and convolutions of encoding both sides, and the scores of all
+    queries against all keys, counted three times: once for the forward pass and twice for the
+    backward pass. The count leaves out recomputation, negatives other than in-batch negatives, a
+    momentum encoder, and the gradients that need not be computed because parameters are frozen.
 
     Args:
       settings: the settings of the run.
