@@ -48,9 +48,9 @@ def get_config() -> ConfigDict:
     )
     # The maximum number of distinct lengths to which the texts of a batch are padded. Texts of
     # similar length are encoded together in chunks, even without chunk_size or chunk_tokens. 1 pads
-    # all texts to data.max_tokens. None means 3 on CPUs and 12 on accelerators (not benchmarked
-    # yet) if the encoder has attention and this saves at least a fifth of the work, and 1
-    # otherwise.
+    # all texts to data.max_tokens. None means 1, unless the encoder has attention and more lengths
+    # save at least a fifth of the work; then it means 3 on CPUs and 12 on accelerators (where it is
+    # not benchmarked yet).
     config.grad_cache.length_buckets = placeholder(int)
     config.optimizer = _optimizer()
     config.evaluation = _evaluation()
@@ -62,7 +62,8 @@ def _data() -> ConfigDict:
     data = ConfigDict()
     # A file of pairs (.jsonl, .csv, .tsv, .parquet or .tar), a glob pattern for several files, a
     # folder saved by Hugging Face datasets, a folder of images with a subfolder per class, a TFDS
-    # name, the folder of a prepared TFDS data set, "code_pairs", "glyphs" or "emoji".
+    # name, the folder of a prepared TFDS data set, or a data set that jaxcl builds: "code_pairs",
+    # "glyphs" or "emoji".
     data.name = placeholder(str)
     # The rows used for "train" and "validation". For files of pairs: a percentage, selected by
     # hash; "rest" for all rows in no other split; or the path of another file.
@@ -96,8 +97,8 @@ def _data() -> ConfigDict:
     data.add_cls = False  # whether the run's own tokenizer puts a [CLS] token first
     data.distinct_tokens = False  # True drops repeated tokens of a text, for static encoders
     # Whether to add the tokenizer's special tokens, such as [CLS] and [SEP]. None uses the
-    # pretrained model's setting; without a pretrained model, only data.add_cls adds one, and
-    # padding has id 0.
+    # pretrained model's setting; without a pretrained model, the only one is the [CLS] of
+    # data.add_cls, and padding has id 0.
     data.special_tokens = placeholder(bool)
     # The prompt before each text of a side; None uses the pretrained model's; "" means no prompt.
     data.prompts = ConfigDict({"query": placeholder(str), "key": placeholder(str)})
@@ -131,7 +132,8 @@ def _files() -> ConfigDict:
     # The column of a teacher's scores: the score of the key, then of each negative. None finds
     # it by common names, such as "teacher_scores".
     files.scores_field = placeholder(str)
-    # The column of similarity labels. None finds it by common names, such as "label" or "score".
+    # The column of the pairs' labels, for min_label. None finds it by common names, such as "label"
+    # or "score".
     files.label_field = placeholder(str)
     files.min_label = placeholder(float)  # rows with a smaller label are not used for training
     # The column whose hash determines a row's split: "query", "key" or the name of a column.
@@ -233,7 +235,7 @@ def _negatives() -> ConfigDict:
     # Quotas of the groups in the tier "stratified": "rows" makes them proportional to the groups'
     # sizes, "equal" makes them equal, and "weights" reads negatives.weights.
     negatives.proportions = "rows"
-    # ((group, weight), …). A string label's group is its place in alphabetical order, from 0.
+    # ((group, weight), …). String labels are numbered in alphabetical order, from 0.
     negatives.weights = ()
     # The decay of the momentum encoder rises along a cosine from initial, at the first step, to
     # final, at the last; initial=None disables the encoder.
@@ -265,20 +267,21 @@ def _assignment() -> ConfigDict:
     gcbs.block_size = placeholder(
         int
     )  # rows per block of hard negatives; None means the batch size
-    # Search effort: "full" closes more of the gap than "light", but takes three times as long and
-    # does not give better embeddings. Each of the next seven settings, if not None, overrides the
-    # preset.
+    # Search effort: "full" comes closer to the global loss than "light", but takes three times as
+    # long and does not give better embeddings. Each of the next seven settings, if not None,
+    # overrides the preset.
     gcbs.preset = "light"
-    gcbs.neighbours = placeholder(int)  # hard negatives per row in the graph
-    gcbs.starts = placeholder(int)  # random starting directions tried per split
-    gcbs.walks = placeholder(int)  # steps of the random walk in each split
-    gcbs.swaps = placeholder(int)  # rounds of swaps after each split
+    gcbs.neighbours = placeholder(int)  # hard negatives to which the graph connects each row
+    gcbs.starts = placeholder(int)  # random starting directions tried per bisection
+    gcbs.walks = placeholder(int)  # steps of the random walk in each bisection
+    gcbs.swaps = placeholder(int)  # rounds of swaps after each bisection
     gcbs.refinements = placeholder(int)  # rounds of swaps between any two blocks at the end
     # Where neighbours are searched: "exact" among all rows, "clustered" in the nearest clusters.
     gcbs.graph = placeholder(str)
     gcbs.similarity_cap = placeholder(float)  # rows more similar than this are not connected
     gcbs.embeddings = "encode"  # "encode" encodes all rows; "bank" reads the instance bank
-    # At the first step, the fraction of blocks whose rows are pooled and shuffled among them.
+    # At the first step, this fraction of the blocks is chosen, and their rows are shuffled among
+    # them.
     gcbs.random_initial = 0.0
     gcbs.random_final = 0.0  # the same, at the last step
     # Rows with equal entries in any of these columns never share a batch: "text", "group".
@@ -386,7 +389,7 @@ def _run() -> ConfigDict:
     # batch is sharded over both axes.
     run.mesh = ConfigDict({"data": -1, "fsdp": 1})
     # ((regex, dimension or None), …): for parameters whose path matches, the dimension that fsdp
-    # shards; None replicates them. By default, it is the longest dimension that divides evenly, and
+    # shards; None replicates them. By default, it is the longest dimension that fsdp divides, and
     # small parameters are replicated.
     run.parameter_rules = ()
     run.log_every = 10  # steps between entries in metrics.jsonl
