@@ -90,9 +90,9 @@ def _traffic_of(
 ) -> Traffic:
     """The traffic of one call of a computation.
 
-    Nothing inside a fusion goes through main memory, but a fusion may contain collectives. A TPU
-    runs an asynchronous collective in the background of several fusions, each of which repeats the
-    instruction. They have the same chain id, and are counted once.
+    Nothing inside a fusion goes through main memory, but a fusion may contain collectives. While a
+    TPU runs an asynchronous collective in the background, every fusion that runs meanwhile repeats
+    the instruction. All repetitions have the same chain id, and count once.
 
     Args:
       name: the computation.
@@ -120,7 +120,7 @@ def _traffic_of(
         join = max if instruction.opcode == "conditional" else sum
         memory += count * join(one.memory for one in called)
         interconnect += count * join(one.interconnect for one in called)
-    # A TPU fuses an all-reduce with a slice of its result: a reduce-scatter receives half as much.
+    # A TPU writes a reduce-scatter as a fusion of an all-reduce, which receives twice as much.
     return Traffic(
         memory, interconnect / 2 if name.startswith("all-reduce-scatter") else interconnect
     )

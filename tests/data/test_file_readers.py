@@ -155,6 +155,11 @@ def test_a_text_that_is_not_utf8_is_a_problem_of_its_row_alone(tmp_path, kind):
             r"a.json: no row can be read; line 2: the line is not JSON \(Expecting property name "
             r"enclosed in double quotes, at character \d\)",
         ),
+        (
+            "a.jsonl",
+            b'{"query": "a" "key": "b"}\n',
+            r"line 1: the line is not JSON \(Expecting ',' delimiter, at character 15\)",
+        ),
         ("a.jsonl", b"\xff\xfe{\x00", "a.jsonl: no row can be read; line 1: the line is not UTF-8"),
         ("a.parquet", b"no parquet", "a.parquet: .*magic bytes"),
         ("a.arrow", b"no arrow at all", "a.arrow: "),
