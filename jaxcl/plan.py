@@ -264,12 +264,13 @@ def _table(
         table.add_row(name, *cells)
 
     parts = ("parameters", "optimizer", "memory", "batch", "loss", "activations", "total")
+    titles = {"memory": "banks and tables", "activations": "activations, gradients"}
     for name in parts:
-        title = "banks and tables" if name == "memory" else name
+        title = titles.get(name, name)
         row(f"{title}, MiB", [f"{getattr(plan, name) / 2**20:,.1f}" for plan in plans.values()])
-    row("products, GFLOP", [f"{plan.flops / 1e9:,.1f}" for plan in plans.values()])
+    row("matmuls, convolutions, GFLOP", [f"{plan.flops / 1e9:,.1f}" for plan in plans.values()])
     row("read and written, MiB", [f"{plan.accessed / 2**20:,.0f}" for plan in plans.values()])
-    row("received, MiB", [f"{plan.moved / 2**20:,.2f}" for plan in plans.values()])
+    row("received from others, MiB", [f"{plan.moved / 2**20:,.2f}" for plan in plans.values()])
     if chip is None:
         return table
     fits = [plan.total <= chip.memory for plan in plans.values()]
@@ -342,7 +343,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     """Run the command."""
     parser = CommandParser("jaxcl.plan", __doc__)
     add_config_flags(parser)
-    parser.add_argument("--topology", help="the TPU slice, such as v5e:16x16")
+    parser.add_argument("--topology", help="the TPU slice, such as v5e:16x16; for time and price")
     parser.add_argument(
         "--devices", type=int, help="without --topology: number of devices of this machine's kind"
     )

@@ -23,6 +23,7 @@ from typing import Any, NamedTuple
 from jaxcl.data.images.folder_rows import FOLDER_FIELDS, folder_rows
 from jaxcl.data.images.tar_rows import tar_fields, tar_rows
 from jaxcl.host.files import open_regular
+from jaxcl.host.printable import json_fault
 from jaxcl.settings.file_kinds import file_kind
 
 __all__ = ["FileRow", "place_of", "read_fields", "read_rows"]
@@ -183,12 +184,9 @@ def _json_rows(file: Any) -> Iterator[FileRow]:
             record = json.loads(line.decode())
         except UnicodeDecodeError as error:
             yield FileRow(number, problem=f"the line is not UTF-8 ({error.reason})")
-        except json.JSONDecodeError as error:
-            if line.strip():  # the error's own line number is 1 or 2, within this line of the file
-                reason = f"{error.msg}, at character {error.pos + 1}"
-                yield FileRow(number, problem=f"the line is not JSON ({reason})")
         except (ValueError, RecursionError) as error:
-            yield FileRow(number, problem=f"the line is not JSON ({error})")
+            if line.strip():
+                yield FileRow(number, problem=f"the line is not JSON ({json_fault(error)})")
         else:
             if isinstance(record, dict):
                 yield FileRow(number, record)

@@ -17,6 +17,7 @@ from typing import Any, TypeVar
 
 from jaxcl.host.files import open_regular
 from jaxcl.host.paths import AnyPath
+from jaxcl.host.printable import json_fault
 
 __all__ = [
     "TEXT_FILES",
@@ -213,7 +214,7 @@ def json_object(text: str, name: str) -> dict[str, Any]:
     try:
         record = json.loads(text)
     except (ValueError, RecursionError) as error:
-        raise ValueError(f"{name} is not JSON ({error})") from error
+        raise ValueError(f"{name} is not JSON ({json_fault(error)})") from error
     if not isinstance(record, dict):
         raise ValueError(f"{name} is not a JSON object")
     return record

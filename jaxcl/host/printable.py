@@ -1,8 +1,9 @@
-"""Texts for people: data made safe to print, and counts with nouns."""
+"""Texts for people: data made safe to print, counts with nouns, and the faults of a JSON text."""
 
+import json
 import re
 
-__all__ = ["counted", "printable"]
+__all__ = ["counted", "json_fault", "printable"]
 
 # C0 controls except tab and newline, DEL, C1 controls, controls of the writing direction, line and
 # paragraph separators, and surrogates, which cannot be encoded.
@@ -37,3 +38,20 @@ def counted(count: int, noun: str, plural: str | None = None) -> str:
       ('1 step', '2,000 queries')
     """
     return f"{count:,} {noun if count == 1 else plural or noun + 's'}"
+
+
+def json_fault(error: Exception) -> str:
+    """Why one line of a file is not JSON, and where in the line.
+
+    The text of the error would count lines from the start of this line, not of the file.
+
+    Example:
+      >>> try:
+      ...     json.loads('{"a": 1 "b"}')
+      ... except ValueError as error:
+      ...     json_fault(error)
+      "Expecting ',' delimiter, at character 9"
+    """
+    if isinstance(error, json.JSONDecodeError):
+        return f"{error.msg}, at character {error.pos + 1}"
+    return str(error)

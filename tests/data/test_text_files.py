@@ -101,7 +101,11 @@ def test_a_line_without_an_end_is_a_text_and_an_empty_file_has_none(tmp_path):
     [
         ("a.txt", b"fine\n\xff\n", "a.txt: line 2 is not UTF-8"),
         ("a.jsonl", b'{"text": "a"}\n\n', "line 2 is not JSON"),
-        ("a.jsonl", b'{"text": "a"}\n{"text"\n', "line 2 is not JSON"),
+        (
+            "a.jsonl",
+            b'{"text": "a"}\n{"text": "a" "id"}\n',
+            r"line 2 is not JSON \(Expecting ',' delimiter, at character 14\)",
+        ),
         ("a.jsonl", b"[1]\n", "line 1 is not a JSON object"),
         ("a.jsonl", b'{"text": 5}\n', "line 1: text is 5, which is not a text"),
         ("a.jsonl", b'{"text": null}\n', "line 1: text is None, which is not a text"),
