@@ -10,7 +10,6 @@ figure. Times are estimates from the chip maker's peak rates. All texts are padd
 `grad_cache.length_buckets`.
 """
 
-import ast
 import importlib.util
 import math
 import os
@@ -39,8 +38,7 @@ from jaxcl.models.towers import Towers
 from jaxcl.ops.mesh import batch_sharding
 from jaxcl.run.build_loss import batch_needs, build_loss
 from jaxcl.run.training import build_training
-from jaxcl.settings.changed import changed_config
-from jaxcl.settings.command_line import add_config_flags, config_of
+from jaxcl.settings.command_line import add_config_flags, config_of, override
 from jaxcl.settings.derived import with_encoder_options
 from jaxcl.settings.read import read_settings, with_steps
 from jaxcl.settings.sections import GradCacheSettings, Settings
@@ -325,18 +323,13 @@ def _settings(config: ConfigDict, sweep: str | None) -> dict[str, Settings]:
     field, separator, values = sweep.partition("=")
     if not separator:
         raise ValueError(f"--sweep={sweep}; give a field and its values, as global_batch_size=1,2")
-    return {
-        f"{field}={value}": read_settings(changed_config(config, {field: _literal(value)}))
-        for value in values.split(",")
-    }
+    return {f"{field}={value}": _changed(config, field, value) for value in values.split(",")}
 
 
-def _literal(value: str) -> Any:
-    """The Python value of a literal, such as a number, a boolean or None; other text unchanged."""
-    try:
-        return ast.literal_eval(value)
-    except (SyntaxError, ValueError):
-        return value
+def _changed(config: ConfigDict, field: str, value: str) -> Settings:
+    changed = config.copy_and_resolve_references()
+    override(changed, field, value, flag="--sweep ")
+    return read_settings(changed)
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -392,6 +385,8 @@ def _run(arguments: Namespace) -> None:
     sizes = [configs[name].global_batch_size for name in plans]
     columns = {name or "step": plan for name, plan in plans.items()}
     Console().print(_table(columns, chip, sizes, arguments.price))
+    if topology is None:
+        say("for the time of a step and its price, name a TPU slice with --topology")
     check_output()
 
 

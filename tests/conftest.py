@@ -33,6 +33,10 @@ import pytest
 jax.config.update("jax_num_cpu_devices", 8)
 atexit.register(shutil.rmtree, os.environ["JAX_COMPILATION_CACHE_DIR"], ignore_errors=True)
 
+# Tracing makes many objects that live as long as a program; looking for cycles among them so often
+# would take a twentieth of the tests' time.
+gc.set_threshold(50_000, 20, 100)
+
 # Shells make background programs ignore Ctrl-C; the tests' processes would inherit this.
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
     signal.signal(signal.SIGINT, signal.default_int_handler)

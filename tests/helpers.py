@@ -1,10 +1,12 @@
 """Helpers of many tests: unit vectors, relative errors that reject zeros and NaN, bits."""
 
+from collections.abc import Collection, Iterable
 from pathlib import Path
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+import pytest
 
 from jaxcl.data.prepare import read_remembered_data
 from jaxcl.losses import Masks
@@ -15,6 +17,11 @@ from jaxcl.run.metric_writer import read_metrics
 from jaxcl.run.training import build_training
 from jaxcl.run.workdir import read_config
 from jaxcl.settings.read import read_settings
+
+
+def some_slow(values: Iterable, quick: Collection) -> list:
+    """Values as parameters of a test; all but the quick ones run only with `-m slow`."""
+    return [pytest.param(one, marks=() if one in quick else pytest.mark.slow) for one in values]
 
 
 def unit_vectors(seed: int, *shape: int, dtype=jnp.float64):

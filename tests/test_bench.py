@@ -352,6 +352,7 @@ def test_a_static_encoder_is_trained_and_ranked(smoke_pairs, monkeypatch):
     assert all(map(_is_figure, itertools.chain.from_iterable(record["rounds"].values())))
 
 
+@pytest.mark.slow
 def test_every_way_to_train_sentence_embeddings_is_evaluated(static_folder, tmp_path):
     numbers = [f"{one} {two} {three}" for one in "abc" for two in "def" for three in "ghi"]
     pairs = [{"sentence1": text, "sentence2": text[::-1]} for text in numbers]

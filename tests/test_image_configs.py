@@ -20,7 +20,14 @@ from jaxcl.settings.read import read_settings
 from jaxcl.train import train
 from jaxcl.typing import SIDES
 from tests.data.images.test_image_files import picture
-from tests.helpers import bits, final_state, relative_errors, training_of, unclocked
+from tests.helpers import (
+    bits,
+    final_state,
+    relative_errors,
+    some_slow,
+    training_of,
+    unclocked,
+)
 from tests.models.pretrained.tiny_towers import write_tiny_towers
 from tests.test_train_optimizer import half_run
 
@@ -38,11 +45,6 @@ CONFIGS = {
 }
 ROWS, STEPS = 24, 4
 ROOT = Path(__file__).parents[1]
-
-every_config = pytest.mark.parametrize(
-    "name",
-    [*list(CONFIGS)[:3], pytest.param("image_text, siglip", marks=pytest.mark.slow)],
-)
 
 
 def config_of(name, **changes):
@@ -76,7 +78,8 @@ def two_steps(name, devices, *, seed=0, **changes):
     return jax.device_get({"params": state.params, "memory": memory, "losses": losses})
 
 
-@every_config
+# MoCo has SimCLR's encoder and more states.
+@pytest.mark.parametrize("name", some_slow(CONFIGS, ("moco", "image_text")))
 def test_any_mesh_and_any_chunk_give_the_update_of_one_device(name):
     wanted = two_steps(name, 1, **{"loss.implementation": "reference"})
     found = two_steps(
@@ -113,15 +116,8 @@ def run_of(name, glyphs, **changes):
     return config_of(name, **small | changes)
 
 
-@pytest.mark.parametrize(
-    "name",
-    [
-        pytest.param("simclr", marks=pytest.mark.slow),  # MoCo has its encoder, and more states
-        "moco",
-        "image_text",
-        pytest.param("image_text, siglip", marks=pytest.mark.slow),
-    ],
-)
+# `test_train_images.py` resumes a run of captions and images.
+@pytest.mark.parametrize("name", some_slow(CONFIGS, ("moco",)))
 def test_a_stopped_run_resumes_as_if_it_had_not_stopped(name, glyphs, tmp_path, monkeypatch):
     config = run_of(name, glyphs)
     results = train(config, tmp_path / "whole")

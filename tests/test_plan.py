@@ -110,8 +110,11 @@ def test_a_sweep_has_a_column_for_each_value():
     assert config.global_batch_size == 64
     found = _settings(config, "negatives.tiers.full_bank=True,False")
     assert [one.negatives.tiers.full_bank for one in found.values()] == [True, False]
-    for wrong in ("model.depth=1,2", "global_batch_size=many"):
-        with pytest.raises(ValueError, match="does not fit"):
+    for wrong, reason in (
+        ("model.depth=1,2", "model.depth=1: there is no such field as depth; model has "),
+        ("global_batch_size=many", "global_batch_size=many: give an integer$"),
+    ):
+        with pytest.raises(ValueError, match=f"^--sweep {reason}"):
             _settings(config, wrong)
     with pytest.raises(ValueError, match="give a field and its values"):
         _settings(config, "steps")

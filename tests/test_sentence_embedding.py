@@ -18,7 +18,7 @@ from jaxcl.run.checkpoint import Checkpoints
 from jaxcl.settings.read import read_settings
 from jaxcl.step.encode_rows import keys_of_side, make_encode_rows
 from jaxcl.train import train
-from tests.helpers import bits, training_of, unclocked
+from tests.helpers import bits, some_slow, training_of, unclocked
 from tests.host.test_processes import Run, assert_close_runs
 
 TOPICS = ("a red train", "the old garden", "two small dogs", "some cold water", "my new song")
@@ -86,7 +86,7 @@ def last_state(config, workdir):
         return checkpoints.restore_latest(abstract).state
 
 
-@pytest.mark.parametrize("kind", sentence_embedding.VARIANTS)
+@pytest.mark.parametrize("kind", some_slow(sentence_embedding.VARIANTS, ("simcse", "scored")))
 def test_a_variant_trains_and_is_evaluated_on_sts(kind, config_of, tmp_path):
     config = config_of(kind, **{"evaluation.best_metric": "sts/spearman"})
     results = train(config, tmp_path / "run")

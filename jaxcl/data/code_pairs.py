@@ -147,6 +147,10 @@ def prepare_code_pairs(
     directory = local_path(data_dir).absolute() / "code_pairs" / name
     if (info := _read_info(directory, fingerprint)) is not None:
         return info
+    say(
+        f"collecting the documented functions of {len(scan.files):,} Python files in "
+        f"{', '.join(str(root.path) for root in roots)}; they are kept in {directory}"
+    )
     functions, skipped = _parse(scan)
     splits, num_duplicates = split_functions(
         functions,

@@ -130,7 +130,7 @@ def make_towers(
     graphs, abstract = {}, {}
     for name, spec in specs.items():
         # Random streams must be made where they are traced.
-        module = nnx.eval_shape(lambda spec=spec: spec.make(nnx.Rngs(0)))
+        module = nnx.eval_shape(lambda spec=spec: spec.make(_streams(jax.random.key(0))))
         graphs[name], params = nnx.split(module, nnx.Param)
         abstract[name] = nnx.to_pure_dict(params)
 
@@ -165,8 +165,28 @@ def make_towers(
 
 
 def _init_one(spec: TowerSpec, key: Key[Array, ""]) -> PyTree:
-    _, params = nnx.split(spec.make(nnx.Rngs(params=key)), nnx.Param)
+    _, params = nnx.split(spec.make(_streams(key)), nnx.Param)
     return nnx.to_pure_dict(params)
+
+
+class _Stream(nnx.RngStream):
+    """A stream of keys that counts without comparing shardings.
+
+    In a traced program, flax's own stream asks the old and the new count for their sharding. A
+    traced array has none, and JAX searches all equations so far to explain why, for each parameter.
+    """
+
+    def __call__(self) -> Key[Array, ""]:
+        """The next key, with the bits of flax's stream."""
+        count = self.count[...]
+        self.count.set_value(count + 1)
+        return jax.random.fold_in(self.key[...], count)
+
+
+def _streams(key: Key[Array, ""]) -> nnx.Rngs:
+    rngs = nnx.Rngs()
+    rngs.params = _Stream(key, tag="params")
+    return rngs
 
 
 def _load_one(

@@ -72,8 +72,9 @@ def closing(settings: Settings, workdir: AnyPath, step: int, best: Best | None) 
     query = "QUERY" if "text" in settings.data.modality else "--image FILE"
     form = "" if why_no_equivalent(settings) is None else " --format jaxcl"
     yield (
-        f"the run is in {workdir}; use it with python -m jaxcl.search --workdir {workdir} {query}, "
-        f"or export it with python -m jaxcl.export --workdir {workdir} --to FOLDER{form}"
+        f"the run is in {workdir}; search with python -m jaxcl.search --workdir {workdir} {query}, "
+        f"measure it with python -m jaxcl.evaluate --model {workdir}, or export it with "
+        f"python -m jaxcl.export --workdir {workdir} --to FOLDER{form}"
     )
 
 

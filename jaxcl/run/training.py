@@ -355,7 +355,12 @@ def _tower_spec(settings: Settings, side: str, section: str, lora: Lora) -> Towe
     first = modality_of(settings.data, side).encoder_argument(settings.data, side)
 
     def make(rngs: nnx.Rngs) -> nnx.Module:
-        module = part.function(first, dim=model.dim, rngs=rngs, **options)
+        try:
+            module = part.function(first, dim=model.dim, rngs=rngs, **options)
+        except ValueError as error:
+            if section in settings.parts.pretrained:
+                raise
+            raise ValueError(f"{section}.options: {error}") from error
         return module if lora.rank is None else add_adapters(module, lora, rngs=rngs)
 
     return TowerSpec(make, part.load)

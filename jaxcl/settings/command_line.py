@@ -70,13 +70,14 @@ def changed_fields(arguments: Namespace) -> tuple[str, ...]:
     return tuple(field for field, _ in arguments.config_fields)
 
 
-def override(config: ConfigDict, field: str, text: str) -> None:
+def override(config: ConfigDict, field: str, text: str, *, flag: str = "--config.") -> None:
     """Set a field of a config from text, in place.
 
     Args:
       config: the config.
       field: the dotted name of the setting.
       text: the value, which `parse_value` reads as the field's type.
+      flag: what precedes the field on the command line, for error messages.
 
     Raises:
       ValueError: if there is no such field, or the text is not a value of the field's type.
@@ -88,29 +89,30 @@ def override(config: ConfigDict, field: str, text: str) -> None:
       256
     """
     section: Any = config
+    given = f"{flag}{field}={text}"
     *parents, leaf = field.split(".")
     for depth, name in enumerate([*parents, leaf]):
         if not isinstance(section, ConfigDict):
             section_name = ".".join(parents[:depth])
-            raise ValueError(f"--config.{field}={text}: {section_name} is a value without fields")
+            raise ValueError(f"{given}: {section_name} is a value without fields")
         if name not in section:
             if depth == len(parents) and ".".join(parents) in _NAMED_BY_USERS:
                 section[name] = text
                 return
             section_name = ".".join(parents[:depth]) or "a config"
             raise ValueError(
-                f"--config.{field}={text}: there is no such field as {name}"
+                f"{given}: there is no such field as {name}"
                 f"{did_you_mean(name, list(section))}; {section_name} has {', '.join(section)}"
             )
         if depth < len(parents):
             section = section[name]
     if isinstance(section[leaf], ConfigDict):
         fields = ", ".join(section[leaf]) or "no fields"
-        raise ValueError(f"--config.{field}={text}: {field} is a section; set one of {fields}")
+        raise ValueError(f"{given}: {field} is a section; set one of {fields}")
     try:
         section[leaf] = parse_value(text, section.get_type(leaf))
     except (TypeError, ValueError) as error:
-        raise ValueError(f"--config.{field}={text}: {error}") from error
+        raise ValueError(f"{given}: {error}") from error
 
 
 def parse_value(text: str, kind: type) -> Any:

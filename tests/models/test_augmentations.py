@@ -107,8 +107,16 @@ def towers():
     )
 
 
-@pytest.mark.parametrize("chunk_sizes", [None, {"query": 1, "key": 3}], ids=str)
-@pytest.mark.parametrize("devices", [1, 8])
+@pytest.mark.parametrize(
+    ("devices", "chunk_sizes"),
+    [
+        (1, None),
+        (8, {"query": 1, "key": 3}),
+        pytest.param(1, {"query": 1, "key": 3}, marks=pytest.mark.slow),
+        pytest.param(8, None, marks=pytest.mark.slow),
+    ],
+    ids=str,
+)
 def test_a_row_s_view_depends_on_its_number_alone(devices, chunk_sizes):
     rng = np.random.default_rng(0)
     tokens = jnp.asarray(rng.integers(1, 200, (16, WIDTH)))

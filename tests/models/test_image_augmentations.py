@@ -114,8 +114,16 @@ def towers():
     return towers_of(encode)._replace(augment={"query": simclr(size=12), "key": moco_v2(size=12)})
 
 
-@pytest.mark.parametrize("chunk_sizes", [None, {"query": 1, "key": 3}], ids=str)
-@pytest.mark.parametrize("devices", [1, 8])
+@pytest.mark.parametrize(
+    ("devices", "chunk_sizes"),
+    [
+        (1, None),
+        (8, {"query": 1, "key": 3}),
+        pytest.param(1, {"query": 1, "key": 3}, marks=pytest.mark.slow),
+        pytest.param(8, None, marks=pytest.mark.slow),
+    ],
+    ids=str,
+)
 def test_a_row_s_view_depends_on_its_number_alone(devices, chunk_sizes):
     rng = np.random.default_rng(0)
     images = jnp.asarray(rng.integers(0, 256, (16, 14, 14, 3)), jnp.uint8)

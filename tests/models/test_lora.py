@@ -24,7 +24,7 @@ from jaxcl.models.lora import (
 from jaxcl.models.pretrained.description import Dense
 from jaxcl.models.pretrained.encoder import PretrainedEncoder
 from jaxcl.models.trainable import merge, parameter_paths, split
-from tests.helpers import bits, relative_error, relative_errors
+from tests.helpers import bits, relative_error, relative_errors, some_slow
 from tests.models.pretrained.reference_models import TRANSFORMERS, describe, read_config
 from tests.models.test_encoders import TOKENS, decoder, transformer
 
@@ -41,10 +41,17 @@ ENCODERS = {
     "one loop, recomputed": functools.partial(transformer, scan_layers=True, remat=True),
     "decoder": decoder,
 } | {name: pretrained(name) for name in TRANSFORMERS}
-SLOW = ("distilbert", "mpnet", "roberta", "xlm-roberta")
-each_encoder = pytest.mark.parametrize(
-    "name", [pytest.param(n, marks=pytest.mark.slow) if n in SLOW else n for n in ENCODERS]
+# The layers of the other families are among those of these.
+DISTINCT = (
+    "transformer",
+    "one loop, recomputed",
+    "decoder",
+    "bert",
+    "modernbert",
+    "gemma3",
+    "qwen3",
 )
+each_encoder = pytest.mark.parametrize("name", some_slow(ENCODERS, DISTINCT))
 
 
 def towers_with(name, lora=None, **options):
@@ -197,9 +204,7 @@ def products(function, *arguments) -> set[tuple[int, ...]]:
     return {tuple(sorted(map(int, shape.split(",")))) for shape in shapes}
 
 
-@pytest.mark.parametrize(
-    "name", ["transformer", "one loop, recomputed", "decoder", "bert", "modernbert"]
-)
+@pytest.mark.parametrize("name", some_slow((*BUILT_IN, "bert", "modernbert"), BUILT_IN))
 def test_no_product_of_a_kernel_s_shape_is_computed(name):
     """Neither the gradient of a frozen kernel nor the product of an adapter's two matrices."""
     towers, base = towers_with(name)

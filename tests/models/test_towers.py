@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from jaxcl.models import StaticEncoder, TowerSpec, make_towers
+from jaxcl.models import StaticEncoder, TowerSpec, TransformerEncoder, make_towers
 from jaxcl.models.towers import Towers
 from tests.helpers import bits
 
@@ -54,6 +54,34 @@ def test_each_side_has_an_encoder_of_its_own_kind():
     images = {"pixels": jnp.ones((3, 2, 2, 3))}
     assert towers.encode(params, "query", images).shape == (3, 4)
     assert towers.encode(params, "key", {"tokens": jnp.ones((5, 6), int)}).shape == (5, 4)
+
+
+def in_one_loop(rngs):
+    return TransformerEncoder(
+        50, dim=4, hidden_dim=8, num_layers=2, num_heads=2, mlp_dim=8, scan_layers=True, rngs=rngs
+    )
+
+
+@pytest.mark.parametrize("make", [text_tower().make, in_one_loop])
+def test_initial_parameters_have_the_bits_of_flax_s_streams(make):
+    key = jax.random.key(3)
+    _, wanted = nnx.split(make(nnx.Rngs(params=key)), nnx.Param)
+    found = make_towers(make).init(key)["both"]
+    assert jax.tree.map(bits, found) == jax.tree.map(bits, nnx.to_pure_dict(wanted))
+
+
+def test_tracing_an_initialisation_searches_no_equations(monkeypatch):
+    """JAX does so, at great length, to explain an error that flax would ignore."""
+    towers, searched, kinds = make_towers(in_one_loop), [], []
+    jax.eval_shape(lambda number: kinds.append(type(number)), 1.0)
+    monkeypatch.setattr(kinds[0], "_origin_msg", lambda self: searched.append(self) or "")
+    jax.eval_shape(towers.init, jax.random.key(0))
+    drawn = len(searched)
+    jax.eval_shape(
+        lambda key: nnx.to_pure_dict(nnx.state(in_one_loop(nnx.Rngs(params=key)), nnx.Param)),
+        jax.random.key(0),
+    )
+    assert drawn == 0 < len(searched)
 
 
 def test_other_names_of_towers_are_an_error():

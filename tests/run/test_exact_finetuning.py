@@ -18,14 +18,13 @@ from jaxcl.step import parameter_sharding
 from jaxcl.step.length_buckets import Buckets
 from jaxcl.step.train_state import TrainState
 from jaxcl.typing import SIDES, PyTree
-from tests.helpers import bits, relative_errors
+from tests.helpers import bits, relative_errors, some_slow
 from tests.run.test_resumed_states import (
     ACCUMULATED,
     AVERAGE,
     LONGEST,
     TRANSFORMER,
     settings_of,
-    some_slow,
     steps_of,
 )
 

@@ -17,7 +17,7 @@ from jaxcl.ops.mesh import put_batch
 from jaxcl.run.training import build_training
 from jaxcl.train import main
 from jaxcl.typing import SIDES
-from tests.helpers import bits, relative_errors
+from tests.helpers import bits, relative_errors, some_slow
 from tests.models.pretrained.reference_models import without_key_biases
 from tests.models.pretrained.tiny_towers import write_tiny_towers
 from tests.saved_run import TUNED, settings_of
@@ -26,7 +26,7 @@ CONFIG = Path(__file__).parents[2] / "configs" / "large_encoders.py"
 SGD = {"name": "sgd", "learning_rate": 0.1, "schedule": "constant", "clip_norm": 0.0}
 
 
-@pytest.fixture(scope="module", params=["clip", "siglip"])
+@pytest.fixture(scope="module", params=some_slow(["clip", "siglip"], ("clip",)))
 def kind(request):
     return request.param
 

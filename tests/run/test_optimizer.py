@@ -12,7 +12,7 @@ from jaxcl.models.trainable import parameter_paths
 from jaxcl.run.optimizer import build_optimizer, layer_factors
 from jaxcl.run.training import abstract_parameters, build_towers
 from jaxcl.settings.read import read_settings
-from tests.helpers import relative_errors
+from tests.helpers import relative_errors, some_slow
 from tests.models.pretrained.reference_models import describe, read_config
 from tests.models.pretrained.tiny import write_tiny_bert
 
@@ -223,7 +223,7 @@ def test_without_these_settings_the_state_has_four_parts():
     assert isinstance(made.init(PARAMS)[0], optax.EmptyState)
 
 
-@pytest.mark.parametrize("name", ["adam", "muon", "sgd"])
+@pytest.mark.parametrize("name", some_slow(["adam", "muon", "sgd"], ("adam",)))
 def test_accumulated_gradients_are_the_mean_of_their_batches(name, x64):
     """Three updates of four batches each, and three of one batch with the mean gradient."""
     every = 4

@@ -11,7 +11,7 @@ import pytest
 from jaxcl.models.trainable import merge, split
 from jaxcl.step.length_buckets import Buckets
 from jaxcl.typing import SIDES
-from tests.helpers import bits
+from tests.helpers import bits, some_slow
 from tests.run.test_resumed_states import (
     ACCUMULATED,
     AVERAGE,
@@ -21,7 +21,6 @@ from tests.run.test_resumed_states import (
     batch_of,
     program_of,
     settings_of,
-    some_slow,
     whole_and_resumed,
 )
 
@@ -56,9 +55,7 @@ CASES = {
 """The settings, the widths of each side, and the batches of a run."""
 
 
-@pytest.mark.parametrize(
-    "name", some_slow(CASES, ("dropout views in several widths", "a bfloat16 base"))
-)
+@pytest.mark.parametrize("name", some_slow(CASES, ("dropout views in several widths",)))
 def test_fine_tuning_resumes_bitwise(name, tmp_path):
     settings, buckets, batches = CASES[name]
     program = program_of(settings, buckets)

@@ -13,7 +13,7 @@ from jaxcl.run.checkpoint import Checkpoints
 from jaxcl.run.training import build_training
 from jaxcl.settings.optimizers import OPTIMIZERS
 from jaxcl.settings.read import read_settings
-from tests.helpers import bits
+from tests.helpers import bits, some_slow
 
 ROWS, LONGEST, VOCABULARY = 16, 12, 20
 STEPS, SAVED = 6, 3
@@ -149,11 +149,6 @@ def assert_resumes(program, folder, **options):
     assert again == losses
     assert len(set(losses)) > 1  # an update changes the loss
     return resumed
-
-
-def some_slow(names, quick):
-    """Names as parameters; the slow ones run with `-m slow`."""
-    return [pytest.param(name, marks=() if name in quick else pytest.mark.slow) for name in names]
 
 
 @pytest.mark.parametrize("name", some_slow(OPTIMIZERS, ("adafactor", "muon", "sgd")))

@@ -22,6 +22,7 @@ from jaxcl.settings.read import read_settings
 from tests.helpers import training_of
 from tests.models.pretrained.tiny import write_copy_of_decoder
 from tests.models.pretrained.tiny_towers import write_copy_of_towers
+from tests.step.test_every_loss import DISTINCT
 
 RATE = 0.5
 QUEUE = {"negatives.bank.kind": "queue", "negatives.tiers.full_bank": True}
@@ -126,6 +127,13 @@ def test_the_image_text_encoders_have_the_sizes_of_their_namesakes(
     params = training_of(config).abstract_state(1_000_000).params["towers"]
     assert sum(leaf.size for leaf in jax.tree.leaves(params)) == count
     assert set(params) == {"query", "key"}
+
+
+def test_options_that_an_encoder_refuses_are_named_with_their_section():
+    config = {"model": {"name": "transformer", "options": {"num_heads": 7}}}
+    reason = r"^model\.options: hidden_dim=384 does not divide over 7 heads"
+    with pytest.raises(ValueError, match=reason):
+        training.build_towers(read_settings(config))
 
 
 def test_another_seed_has_other_initial_parameters():
@@ -564,8 +572,16 @@ def test_a_loss_over_nested_lengths_is_their_sum():
     assert half != pytest.approx(whole, rel=1e-2)
 
 
+# `losses/test_battery.py` has every loss in a ring.
 @pytest.mark.parametrize(
-    ("name", "exchange"), [("infonce", "gather"), *((name, "ring") for name in LOSSES)]
+    ("name", "exchange"),
+    [
+        ("infonce", "gather"),
+        *(
+            pytest.param(name, "ring", marks=() if name in DISTINCT else pytest.mark.slow)
+            for name in LOSSES
+        ),
+    ],
 )
 def test_every_loss_makes_a_step_by_its_name(name, exchange):
     how = {"loss.exchange": exchange, "loss.implementation": "tiled", "grad_cache.chunk_size": 1}

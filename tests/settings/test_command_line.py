@@ -138,7 +138,11 @@ def test_later_values_win_and_all_changed_fields_are_named():
     ("program", "message"),
     [
         ("def get_config(): return 1 / 0", "ZeroDivisionError: division by zero"),
-        ("def get_config(: pass", "SyntaxError"),
+        (
+            "def get_config(: pass",
+            "mine.py cannot be read as Python, ",
+        ),
+        ("steps: 3\nmodel:\n  dim: 8", "cannot be read as Python"),
         ("import no_such_package", "ModuleNotFoundError: No module named 'no_such_package'"),
         ("def get_config(): return {}", "does not return a ConfigDict"),
         ("config = 3", "has no function get_config"),

@@ -14,7 +14,7 @@ from jaxcl.negatives.tiers import TierBudgets
 from jaxcl.ops.mesh import make_mesh, put_batch, replicated_sharding, table_sharding
 from jaxcl.step.batch_loss import BeyondBatch, make_loss
 from jaxcl.typing import SIDES
-from tests.helpers import relative_error, relative_errors
+from tests.helpers import relative_error, relative_errors, some_slow
 
 pytestmark = pytest.mark.usefixtures("x64")
 
@@ -132,7 +132,13 @@ def test_cached_on_a_mesh_is_whole_on_one_device(name):
         assert max(relative_errors(*rows).values()) < 1e-10
 
 
-@pytest.mark.parametrize("name", [name for name in ALL if SharedNegatives in ALL[name].negatives])
+@pytest.mark.parametrize(
+    "name",
+    some_slow(
+        [name for name in ALL if SharedNegatives in ALL[name].negatives],
+        ("infonce", "matryoshka", "sigmoid", "supervised"),
+    ),
+)
 def test_explicit_negatives_change_the_loss(name):
     value, _ = value_and_gradients(name, 1, None, gradients=False)
     without, _ = value_and_gradients(name, 1, None, explicit=False, gradients=False)

@@ -37,7 +37,7 @@ from jaxcl.step.train_step import (
     state_sharding,
 )
 from jaxcl.typing import SIDES
-from tests.helpers import relative_error, relative_errors
+from tests.helpers import relative_error, relative_errors, some_slow
 from tests.models.pretrained.reference_models import TRANSFORMERS, describe, read_config
 
 ROWS, LONGEST, VOCABULARY = 16, 20, 60
@@ -62,25 +62,26 @@ def pretrained(name):
     return lambda rngs: PretrainedEncoder(model, rngs=rngs, **options)
 
 
+ONE_LAYER = "one layer"  # compiles in half the time
 ENCODERS = {
     "transformer": built_in(TransformerEncoder),
     "transformer, cls": built_in(TransformerEncoder, pooling="cls", norm_position="post"),
     "transformer, scanned": built_in(TransformerEncoder, scan_layers=True, remat=True),
     "decoder": built_in(DecoderEncoder, num_key_heads=1, remat=True),
+    ONE_LAYER: built_in(TransformerEncoder, num_layers=1),
     **{name: pretrained(name) for name in TRANSFORMERS},
 }
 
 
-@pytest.mark.parametrize("devices", [1, 8])
 @pytest.mark.parametrize(
-    "name",
+    ("name", "devices"),
     [
-        "transformer",
-        "modernbert",
+        ("transformer", 8),
+        ("modernbert", 1),
         *(
-            pytest.param(name, marks=pytest.mark.slow)
-            for name in ENCODERS
-            if name not in ("transformer", "modernbert")
+            pytest.param(*case, marks=pytest.mark.slow)
+            for case in itertools.product(ENCODERS, (1, 8))
+            if case not in {("transformer", 8), ("modernbert", 1)}
         ),
     ],
 )
@@ -92,29 +93,33 @@ def test_several_widths_give_the_loss_and_every_gradient_of_one(name, devices, x
 
 
 def test_dropout_is_on_in_these_tests(x64):
-    without = loss_and_gradients(towers_of("transformer"), {"data": 1}, key=None)
-    assert relative_error(of_one_width("transformer")[0], without[0]) > 1e-3
+    without = loss_and_gradients(towers_of(ONE_LAYER), {"data": 1}, key=None)
+    assert relative_error(of_one_width(ONE_LAYER)[0], without[0]) > 1e-3
 
 
 @pytest.mark.parametrize(
-    "rows", [(1, 1, 1), (16, 16, 16), (100, 1, 5), pytest.param((5, 3, 7), marks=pytest.mark.slow)]
+    "rows", some_slow([(1, 1, 1), (16, 16, 16), (100, 1, 5), (5, 3, 7)], [(1, 1, 1), (100, 1, 5)])
 )
 def test_chunks_of_any_size_give_the_same_gradients(rows, x64):
-    towers = towers_of("transformer", augment={"key": SPANS})
+    towers = towers_of(ONE_LAYER, augment={"key": SPANS})
     buckets = {"key": BUCKETS._replace(rows=rows)}  # and queries of one width
     found = loss_and_gradients(towers, {"data": 1}, buckets=buckets)
-    assert worst(found, of_one_width("transformer", key=SPANS)) < 1e-10
+    assert worst(found, of_one_width(ONE_LAYER, key=SPANS)) < 1e-10
 
 
-@pytest.mark.parametrize("shape", [{"replica": 2, "data": 4}, {"data": 2, FSDP: 4}], ids=str)
+@pytest.mark.parametrize(
+    "shape",
+    some_slow([{"replica": 2, "data": 4}, {"data": 2, FSDP: 4}], [{"data": 2, FSDP: 4}]),
+    ids=str,
+)
 def test_any_mesh_gives_the_same_gradients(shape, x64):
     buckets = dict.fromkeys(SIDES, BUCKETS)
-    found = loss_and_gradients(towers_of("transformer"), shape, buckets=buckets)
-    assert worst(found, of_one_width("transformer")) < 1e-10
+    found = loss_and_gradients(towers_of(ONE_LAYER), shape, buckets=buckets)
+    assert worst(found, of_one_width(ONE_LAYER)) < 1e-10
 
 
 def test_explicit_negatives_have_the_widths_of_keys(x64):
-    towers = towers_of("transformer")
+    towers = towers_of(ONE_LAYER)
     batch = some_batch()
     rng = np.random.default_rng(3)
     batch["negatives"] = {
@@ -124,7 +129,7 @@ def test_explicit_negatives_have_the_widths_of_keys(x64):
         "group": rng.integers(0, 9, (ROWS, 3)).astype(np.int32),
     }
     wanted = loss_and_gradients(towers, {"data": 1}, batch)
-    assert relative_error(wanted[0], of_one_width("transformer")[0]) > 0.01
+    assert relative_error(wanted[0], of_one_width(ONE_LAYER)[0]) > 0.01
     found = loss_and_gradients(towers, {"data": 8}, batch, buckets={"key": BUCKETS})
     assert worst(found, wanted) < 1e-10
 
@@ -132,8 +137,8 @@ def test_explicit_negatives_have_the_widths_of_keys(x64):
 def test_a_width_that_cuts_texts_fails_these_tests(x64):
     """Negative control: 18 tokens hold all but the longest texts."""
     buckets = {"query": BUCKETS._replace(widths=(8, 13, 18))}
-    found = loss_and_gradients(towers_of("transformer"), {"data": 1}, buckets=buckets)
-    assert worst(found, of_one_width("transformer")) > 1e-3
+    found = loss_and_gradients(towers_of(ONE_LAYER), {"data": 1}, buckets=buckets)
+    assert worst(found, of_one_width(ONE_LAYER)) > 1e-3
 
 
 def test_an_encoder_that_reads_padding_fails_these_tests(x64, monkeypatch):
@@ -143,7 +148,7 @@ def test_an_encoder_that_reads_padding_fails_these_tests(x64, monkeypatch):
         return attend(queries, keys, values, bias, jnp.ones_like(seen))
 
     monkeypatch.setattr("jaxcl.models.transformer.attend", unmasked)
-    towers = towers_of("transformer")
+    towers = towers_of(ONE_LAYER)
     wanted = loss_and_gradients(towers, {"data": 1})
     buckets = dict.fromkeys(SIDES, BUCKETS)
     assert worst(loss_and_gradients(towers, {"data": 1}, buckets=buckets), wanted) > 1e-3
@@ -154,7 +159,7 @@ def test_an_encoder_that_reads_padding_fails_these_tests(x64, monkeypatch):
 )
 def test_frozen_parameters_have_no_gradient_in_the_loop(shape, x64):
     """The gradients of the others do not change."""
-    towers, buckets = towers_of("transformer"), dict.fromkeys(SIDES, BUCKETS)
+    towers, buckets = towers_of(ONE_LAYER), dict.fromkeys(SIDES, BUCKETS)
     mesh = make_mesh(shape, devices=jax.devices()[: int(np.prod(list(shape.values())))])
     of_batch = make_loss(towers, LOSSES["infonce"], mesh, masks=MASKS, buckets=buckets)
     params = double({"towers": towers.init(jax.random.key(0)), "log_temperature": jnp.log(0.05)})
@@ -231,7 +236,7 @@ def test_the_bits_of_dropout_do_not_depend_on_the_width():
 
 def test_the_train_step_is_compiled_once_for_batches_of_all_lengths():
     mesh, optimizer = make_mesh({"data": 8}), optax.sgd(0.1)
-    towers = make_towers(built_in(TransformerEncoder, compute_dtype=None))
+    towers = make_towers(built_in(TransformerEncoder, compute_dtype=None, num_layers=1))
     loss = make_loss(
         towers, LOSSES["infonce"], mesh, masks=MASKS, buckets=dict.fromkeys(SIDES, BUCKETS)
     )

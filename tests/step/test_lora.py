@@ -10,7 +10,7 @@ from jaxcl.models import TransformerEncoder, make_towers
 from jaxcl.models.lora import Lora, add_adapters, frozen_base
 from jaxcl.models.trainable import parameter_paths, split
 from jaxcl.step import parameter_sharding
-from tests.helpers import bits, relative_errors
+from tests.helpers import bits, relative_errors, some_slow
 from tests.step import test_frozen
 from tests.step.test_frozen import CHUNKS, SHARDED, start, step_of
 from tests.step.test_train_step import on_mesh, some_batch
@@ -89,7 +89,7 @@ def trained(name, shape, chunks, *, steps=3):
     ],
     ids=str,
 )
-@pytest.mark.parametrize("name", TOWERS)
+@pytest.mark.parametrize("name", some_slow(TOWERS, ("adapters in one loop",)))
 def test_training_with_adapters_is_that_of_one_device(name, shape, chunks, x64):
     wanted, found = trained(name, {"data": 1}, None), trained(name, shape, chunks)
     assert parameter_paths(found[3]) == parameter_paths(wanted[0])

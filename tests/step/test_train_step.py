@@ -58,8 +58,16 @@ TOWERS = {
 
 
 @pytest.mark.smoke
-@pytest.mark.parametrize("shape", MESHES, ids=str)
-@pytest.mark.parametrize("name", TOWERS)
+@pytest.mark.parametrize(
+    ("name", "shape"),
+    [
+        *((name, MESHES[0]) for name in TOWERS),
+        ("static, projected, two towers", MESHES[1]),
+        pytest.param("static", MESHES[1], marks=pytest.mark.slow),
+        pytest.param("transformer", MESHES[1], marks=pytest.mark.slow),
+    ],
+    ids=str,
+)
 def test_any_mesh_gives_the_loss_and_every_gradient_of_one_device(name, shape, x64):
     wanted = loss_and_gradients(name, {"data": 1})
     found = loss_and_gradients(name, shape)
