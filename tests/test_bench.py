@@ -344,7 +344,10 @@ def test_the_alternatives_compute_the_same(part, torch_python, static_folder, mo
 def test_a_static_encoder_is_trained_and_ranked(smoke_pairs, monkeypatch):
     config = changed_config(
         load_config("code_search:smoke"),
-        {"data.name": str(smoke_pairs), "run.data_dir": str(smoke_pairs.parents[1])},
+        {
+            **{"data.name": str(smoke_pairs), "run.data_dir": str(smoke_pairs.parents[1])},
+            **{"data.vocabulary_size": 1000, "model.dim": 16},
+        },
     )
     monkeypatch.setattr(static, "load_config", lambda name: config)
     record = static.measure(seeds=1, steps=4, max_pairs=600, torch_rates=(), torch_python=None)

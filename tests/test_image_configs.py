@@ -213,6 +213,7 @@ def test_two_views_of_each_image_of_a_folder_train_a_residual_network(captions, 
         **{"data.name": str(captions), "data.splits": HELD_OUT, "data.images.size": 16},
         **{"run.data_dir": str(tmp_path / "data"), "model.dim": 8, "model.options.head": (12,)},
         **{"model.options.width": 8, "model.options.stages": (1, 1)},
+        **{"grad_cache.chunk_size": None},
     )
     results = train(config, tmp_path / "run")
     assert sum(results["rows"].values()) == 24

@@ -163,6 +163,7 @@ def test_weights_that_a_run_does_not_keep_are_an_error(small):
         read_settings(small(**{"evaluation.weights": "mean"}))
 
 
+@pytest.mark.slow  # `run/test_resumed_states.py` resumes them without a command
 def test_a_run_of_accumulated_gradients_resumes_bitwise_between_two_updates(
     small, tmp_path, monkeypatch, capfd
 ):

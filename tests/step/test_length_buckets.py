@@ -73,18 +73,8 @@ ENCODERS = {
 }
 
 
-@pytest.mark.parametrize(
-    ("name", "devices"),
-    [
-        ("transformer", 8),
-        ("modernbert", 1),
-        *(
-            pytest.param(*case, marks=pytest.mark.slow)
-            for case in itertools.product(ENCODERS, (1, 8))
-            if case not in {("transformer", 8), ("modernbert", 1)}
-        ),
-    ],
-)
+@pytest.mark.parametrize("devices", some_slow([1, 8], [8]))
+@pytest.mark.parametrize("name", some_slow(ENCODERS, ("transformer",)))
 def test_several_widths_give_the_loss_and_every_gradient_of_one(name, devices, x64):
     """With dropout and token dropout, in chunks that do not divide the rows."""
     towers = towers_of(name, augment=dict.fromkeys(SIDES, TOKENS))
