@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import NamedTuple, Protocol, runtime_checkable
+from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 import jax
 import numpy as np
@@ -170,7 +170,7 @@ def _init_one(spec: TowerSpec, key: Key[Array, ""]) -> PyTree:
 
 
 class _Stream(nnx.RngStream):
-    """A stream of keys that counts without comparing shardings.
+    """A stream of keys whose counter is stored without comparing shardings.
 
     In a traced program, flax's own stream asks the old and the new count for their sharding. A
     traced array has none, and JAX searches all equations so far to explain why, for each parameter.
@@ -184,7 +184,7 @@ class _Stream(nnx.RngStream):
 
 
 def _streams(key: Key[Array, ""]) -> nnx.Rngs:
-    rngs = nnx.Rngs()
+    rngs: Any = nnx.Rngs()
     rngs.params = _Stream(key, tag="params")
     return rngs
 

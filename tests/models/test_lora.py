@@ -41,7 +41,7 @@ ENCODERS = {
     "one loop, recomputed": functools.partial(transformer, scan_layers=True, remat=True),
     "decoder": decoder,
 } | {name: pretrained(name) for name in TRANSFORMERS}
-# The layers of the other families are among those of these.
+# The other families have no layers that these lack.
 BUILT_IN = ("transformer", "one loop, recomputed", "decoder")
 DISTINCT = (*BUILT_IN, "bert", "modernbert", "gemma3", "qwen3")
 each_encoder = pytest.mark.parametrize("name", some_slow(ENCODERS, DISTINCT))
