@@ -352,12 +352,14 @@ def test_tfds_is_silent_meanwhile_and_as_before_afterwards(prepare, capfd):
         tfds.display_progress_bar(bars)
     captured = capfd.readouterr()
     assert captured.out == ""
-    assert len(captured.err.splitlines()) == 3  # jaxcl's own lines: parsed, found, written
+    assert len(captured.err.splitlines()) == 4  # jaxcl's own lines: collecting, parsed, found, written
 
 
 def test_found_and_skipped_functions_are_reported(prepare, capsys):
     info = prepare()
     said = capsys.readouterr().err
+    assert f"of {info.num_files} Python files" in said
+    assert f"; they are kept in {info.directory}" in said
     assert f"{sum(info.split_sizes.values())} pairs from {info.num_files} files" in said
     assert f"{info.num_duplicates} duplicates dropped" in said
     for reason, count in info.skipped.items():
