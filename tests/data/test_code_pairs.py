@@ -352,7 +352,8 @@ def test_tfds_is_silent_meanwhile_and_as_before_afterwards(prepare, capfd):
         tfds.display_progress_bar(bars)
     captured = capfd.readouterr()
     assert captured.out == ""
-    assert len(captured.err.splitlines()) == 4  # jaxcl's own lines: collecting, parsed, found, written
+    # jaxcl's own lines: collecting, parsed, found, written
+    assert len(captured.err.splitlines()) == 4
 
 
 def test_found_and_skipped_functions_are_reported(prepare, capsys):
