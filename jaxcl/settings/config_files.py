@@ -85,11 +85,11 @@ def _call(named: str, function: str) -> Any:
         get: Callable[..., Any] | None = runpy.run_path(str(path)).get(function)
         if callable(get):
             return get(variant) if variant else get()
-    except SyntaxError as error:
-        raise ValueError(
-            f"{named} cannot be read as Python, which configs are written in: {error}"
-        ) from error
     except Exception as error:  # the file is a program, which may raise any error
+        if isinstance(error, SyntaxError) and error.filename == str(path):
+            raise ValueError(
+                f"{named} cannot be read as Python, which configs are written in: {error}"
+            ) from error
         reason = f"{type(error).__name__}: " if not isinstance(error, ValueError) else ""
         raise ValueError(f"the config cannot be used: {named}: {reason}{error}") from error
     raise ValueError(f"{path} has no function {function}")

@@ -107,7 +107,7 @@ def towers():
     )
 
 
-@pytest.mark.parametrize(
+each_arrangement = pytest.mark.parametrize(
     ("devices", "chunk_sizes"),
     [
         (1, None),
@@ -117,6 +117,9 @@ def towers():
     ],
     ids=str,
 )
+
+
+@each_arrangement
 def test_a_row_s_view_depends_on_its_number_alone(devices, chunk_sizes):
     rng = np.random.default_rng(0)
     tokens = jnp.asarray(rng.integers(1, 200, (16, WIDTH)))

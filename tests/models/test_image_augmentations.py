@@ -16,6 +16,7 @@ from jaxcl.ops.vectors import normalise
 from jaxcl.step.encode_rows import keys_of_side, make_encode_rows
 from jaxcl.typing import SIDES
 from tests.helpers import towers_of
+from tests.models.test_augmentations import each_arrangement
 
 PRESETS = {"clip": clip, "moco_v2": moco_v2, "simclr": simclr}
 NO_COLOUR = {"jitter_rate": 0.0, "grayscale_rate": 0.0, "blur_rate": 0.0}
@@ -114,16 +115,7 @@ def towers():
     return towers_of(encode)._replace(augment={"query": simclr(size=12), "key": moco_v2(size=12)})
 
 
-@pytest.mark.parametrize(
-    ("devices", "chunk_sizes"),
-    [
-        (1, None),
-        (8, {"query": 1, "key": 3}),
-        pytest.param(1, {"query": 1, "key": 3}, marks=pytest.mark.slow),
-        pytest.param(8, None, marks=pytest.mark.slow),
-    ],
-    ids=str,
-)
+@each_arrangement
 def test_a_row_s_view_depends_on_its_number_alone(devices, chunk_sizes):
     rng = np.random.default_rng(0)
     images = jnp.asarray(rng.integers(0, 256, (16, 14, 14, 3)), jnp.uint8)

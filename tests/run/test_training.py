@@ -572,7 +572,7 @@ def test_a_loss_over_nested_lengths_is_their_sum():
     assert half != pytest.approx(whole, rel=1e-2)
 
 
-# `losses/test_battery.py` has every loss in a ring.
+# `losses/test_battery.py` has the other losses in a ring, some of them as slow tests.
 @pytest.mark.parametrize(
     ("name", "exchange"),
     [

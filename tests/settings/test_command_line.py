@@ -143,6 +143,7 @@ def test_later_values_win_and_all_changed_fields_are_named():
             "mine.py cannot be read as Python, ",
         ),
         ("steps: 3\nmodel:\n  dim: 8", "cannot be read as Python"),
+        ("import ast; ast.literal_eval('1 +')", "the config cannot be used: "),
         ("import no_such_package", "ModuleNotFoundError: No module named 'no_such_package'"),
         ("def get_config(): return {}", "does not return a ConfigDict"),
         ("config = 3", "has no function get_config"),
