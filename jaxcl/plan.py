@@ -323,7 +323,8 @@ def _settings(config: ConfigDict, sweep: str | None) -> dict[str, Settings]:
     field, separator, values = sweep.partition("=")
     if not separator:
         raise ValueError(f"--sweep={sweep}; give a field and its values, as global_batch_size=1,2")
-    return {f"{field}={value}": _changed(config, field, value) for value in values.split(",")}
+    separate = re.split(r",(?![^(\[]*[)\]])", values)  # at commas outside of parentheses
+    return {f"{field}={value}": _changed(config, field, value) for value in separate}
 
 
 def _changed(config: ConfigDict, field: str, value: str) -> Settings:

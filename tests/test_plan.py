@@ -110,6 +110,8 @@ def test_a_sweep_has_a_column_for_each_value():
     assert config.global_batch_size == 64
     found = _settings(config, "negatives.tiers.full_bank=True,False")
     assert [one.negatives.tiers.full_bank for one in found.values()] == [True, False]
+    found = _settings(config, "loss.masks=('row',),('row', 'text'),text")
+    assert [one.loss.masks for one in found.values()] == [("row",), ("row", "text"), ("text",)]
     for wrong, reason in (
         ("model.depth=1,2", "model.depth=1: there is no such field as depth; model has "),
         ("global_batch_size=many", "global_batch_size=many: give an integer$"),
